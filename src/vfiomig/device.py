@@ -1,0 +1,308 @@
+"""A device that is open: legal state changes only, one data session, and the recovery ladder."""
+
+import errno
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, Self
+
+from vfiomig import states
+from vfiomig.channel import DataChannel
+from vfiomig.errors import (
+    DeviceIOError,
+    DeviceLostError,
+    DeviceStateError,
+    IllegalArcError,
+    NotMigratableError,
+    OutOfSyncError,
+)
+from vfiomig.framing.manifest import Identity as Identity
+from vfiomig.report import OnEvent, StateChange
+from vfiomig.uapi import Capability, DeviceState
+
+# VFIO_DEVICE_RESET on vfio-pci answers EAGAIN while the device's lock is busy (vfio_pci_core.c).
+_RESET_ATTEMPTS, _RESET_PAUSE_S = 20, 0.05
+
+
+class DeviceOps(Protocol):
+    """What a device can be asked, as the kernel is: KernelOps and the simulator answer alike.
+
+    Every method raises OSError with the errno of the kernel's contract, and nothing else.
+    """
+
+    def get_migration_flags(self) -> int:
+        """VFIO_DEVICE_FEATURE_MIGRATION; ENOTTY when there is no migration."""
+        ...
+
+    def get_device_state(self) -> DeviceState:
+        """VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE, GET."""
+        ...
+
+    def set_device_state(self, state: DeviceState) -> DataChannel | None:
+        """VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE, SET; a channel when a session starts."""
+        ...
+
+    def get_data_size(self) -> int:
+        """VFIO_DEVICE_FEATURE_MIG_DATA_SIZE, in bytes."""
+        ...
+
+    def set_precopy_info_v2(self) -> bool:
+        """VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2; False where there is none."""
+        ...
+
+    def reset_device(self) -> None:
+        """VFIO_DEVICE_RESET."""
+        ...
+
+    def close(self) -> None:
+        """Close the device; of a vfio-pci device the last close is a reset."""
+        ...
+
+
+class Device:
+    """A migratable device. Owns its ops, and the one data session it may have.
+
+    Not for several threads at once: one thread asks for state changes. Leave it by close() or with;
+    close() changes no state.
+    """
+
+    def __init__(self, name: str, identity: Identity, ops: DeviceOps) -> None:
+        """Take over ops. Raises NotMigratableError (then ops is closed)."""
+        self.name, self.identity, self._ops = name, identity, ops
+        self._channel: DataChannel | None = None
+        self._on_event: OnEvent | None = None
+        try:
+            self.capabilities = self._query_capabilities()
+        except BaseException:
+            ops.close()
+            raise
+
+    def _query_capabilities(self) -> Capability:
+        try:
+            flags = self._ops.get_migration_flags()
+        except OSError as err:
+            if err.errno != errno.ENOTTY:
+                raise self._failed("cannot ask for its capabilities", err) from err
+            raise NotMigratableError(
+                f"{self.name}: the driver {self.identity.driver or 'in use'} has no migration",
+                device=self.name,
+                errno=err.errno,
+                hint="bind it to a driver with migration; vfiomig info says which there are",
+            ) from err
+        if not flags & Capability.STOP_COPY:
+            raise NotMigratableError(
+                f"{self.name}: the driver does not offer STOP_COPY (flags {flags:#x})",
+                device=self.name,
+            )
+        # linux/vfio.h: unknown bits are of a newer kernel, and no reason to refuse.
+        return Capability(flags & (Capability.STOP_COPY | Capability.P2P | Capability.PRE_COPY))
+
+    @contextmanager
+    def observed(self, on_event: OnEvent | None) -> Iterator[None]:
+        """Send every state change to on_event for the length of a with block."""
+        before, self._on_event = self._on_event, on_event
+        try:
+            yield
+        finally:
+            self._on_event = before
+
+    def state(self) -> DeviceState:
+        """Return the state the device says it is in. Blocks while a state change runs."""
+        try:
+            return self._ops.get_device_state()
+        except OSError as err:
+            raise self._failed("cannot read its state", err) from err
+
+    def state_or_none(self) -> DeviceState | None:
+        """Return the state, or None when the device does not even say that."""
+        try:
+            return self._ops.get_device_state()
+        except OSError:
+            return None  # the caller reports the state as unknown
+
+    def stop_copy_length(self) -> int | None:
+        """Return the device's estimate of its state in bytes, None where it gives none.
+
+        A hint for progress and estimates; never a size to allocate or a bound of a loop.
+        """
+        try:
+            return self._ops.get_data_size()
+        except OSError:
+            return None  # reported as "size unknown"; the copy does not need it
+
+    def set_precopy_info_v2(self) -> bool:
+        """Opt in to re-initialised initial_bytes; False where there is no such thing."""
+        try:
+            return self._ops.set_precopy_info_v2()
+        except OSError as err:
+            raise self._failed("cannot opt in to MIG_PRECOPY_INFOv2", err) from err
+
+    def set_state(self, target: DeviceState) -> DataChannel | None:
+        """Go to target, one arc at a time. Returns the channel when a session starts at target.
+
+        The device owns the channel: it is closed, and dead, as soon as the session ends. Blocks as
+        long as the driver does. Raises IllegalArcError before the device is asked anything,
+        DeviceStateError when it refuses, OutOfSyncError when it is not where it was.
+        """
+        steps = self.path_to(target)
+        channel = None
+        for step in steps:
+            channel = self._step(step)
+        return channel
+
+    def path_to(self, target: DeviceState) -> tuple[DeviceState, ...]:
+        """Return the steps from the present state to target. Raises IllegalArcError if none are."""
+        before = self.state()
+        steps = states.path(self.capabilities, before, target)
+        if steps is None:
+            hint = "only a reset leaves ERROR" if before is DeviceState.ERROR else ""
+            raise IllegalArcError(
+                f"{self.name}: no way from {before.name} to {target.name}"
+                f" with {self.capability_names}",
+                device=self.name,
+                wanted=target,
+                actual=before,
+                hint=hint,
+            )
+        return steps
+
+    @property
+    def capability_names(self) -> str:
+        """The capabilities as a person reads them: "STOP_COPY, P2P, PRE_COPY"."""
+        return ", ".join(bit.name or "" for bit in Capability if bit & self.capabilities)
+
+    def _step(self, target: DeviceState) -> DataChannel | None:
+        before = self.state()
+        kept = not states.ends_session(before, target)
+        started_ns = time.monotonic_ns()
+        try:
+            channel = self._ops.set_device_state(target)
+        except OSError as err:
+            actual = self.state_or_none()
+            # A session that may have ended is not used again, whatever the device says.
+            if not kept or actual is not before:
+                self._end_session()
+            self._tell(before, target, actual, err.errno, started_ns)
+            raise DeviceStateError(self.name, target, actual, err) from err
+        self._tell(before, target, target, None, started_ns)
+        if not kept:
+            self._end_session()
+        if channel is not None and self._channel is not None:
+            # The seed's EBADF: a second session means that a reset ended the first unseen.
+            channel.close()
+            self._end_session()
+            raise OutOfSyncError(
+                f"{self.name}: out of sync: a second data session while one was open;"
+                " the device was reset by somebody else",
+                device=self.name,
+                errno=errno.EBADF,
+                wanted=target,
+                actual=self.state_or_none(),
+            )
+        if channel is None and states.starts_session(before, target):
+            raise OutOfSyncError(
+                f"{self.name}: entered {target.name} but gave no data_fd",
+                device=self.name,
+                errno=errno.EBADF,
+                wanted=target,
+                actual=self.state_or_none(),
+            )
+        if channel is not None:
+            self._channel = channel
+        return self._channel
+
+    def reset(self) -> None:
+        """Reset the device: its state is lost, it is RUNNING. Raises DeviceLostError."""
+        self._end_session()
+        before = self.state_or_none()
+        started_ns = time.monotonic_ns()
+        try:
+            self._reset_until_not_busy()
+        except OSError as err:
+            actual = self.state_or_none()
+            self._tell(before, DeviceState.RUNNING, actual, err.errno, started_ns, by="reset")
+            raise self.lost("it cannot be reset", err) from err
+        actual = self.state_or_none()
+        self._tell(before, DeviceState.RUNNING, actual, None, started_ns, by="reset")
+        if actual is not DeviceState.RUNNING:
+            raise self.lost("a reset did not bring it back", None)
+
+    def _reset_until_not_busy(self) -> None:
+        for attempt in range(_RESET_ATTEMPTS):
+            try:
+                return self._ops.reset_device()
+            except OSError as err:
+                if err.errno != errno.EAGAIN or attempt == _RESET_ATTEMPTS - 1:
+                    raise
+            time.sleep(_RESET_PAUSE_S)
+
+    def recover(self, wanted: DeviceState) -> DeviceState:
+        """Bring the device to wanted after a failure, or reset it: the ladder of last resorts.
+
+        Looks first, then acts on what is true. RESUMING is only left by a reset: RESUMING -> STOP
+        is the commit. Returns the state reached: wanted, or RUNNING by a reset, which lost the
+        device's own state. Raises DeviceLostError when even the reset fails.
+        """
+        actual = self.state_or_none()
+        if actual not in states.SAVING:
+            self._end_session()  # a reset that nobody here asked for leaves a dead one
+        if actual not in (None, DeviceState.ERROR, DeviceState.RESUMING):
+            try:
+                self.set_state(wanted)
+            except (DeviceStateError, DeviceIOError, IllegalArcError):
+                pass  # told by the events; the next rung is the reset
+            else:
+                return wanted
+        self.reset()
+        return DeviceState.RUNNING
+
+    def lost(self, what: str, cause: OSError | None) -> DeviceLostError:
+        """Return the last word: what is left to a person."""
+        actual = self.state_or_none()
+        now = "its state cannot be read" if actual is None else f"it is in {actual.name}"
+        reason = f" ({cause.strerror or cause})" if cause else ""
+        return DeviceLostError(
+            f"{self.name}: {what}{reason}; {now}",
+            device=self.name,
+            errno=cause.errno if cause else None,
+            wanted=DeviceState.RUNNING,
+            actual=actual,
+            hint="stop its user, then reset it by hand (echo 1 > /sys/bus/pci/devices/BDF/reset)"
+            " or unbind and bind its driver; nothing more was tried",
+        )
+
+    def close(self) -> None:
+        """End the session and close the device. Of a vfio-pci device the last close is a reset."""
+        self._end_session()
+        self._ops.close()
+
+    def _end_session(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+    def _failed(self, what: str, err: OSError) -> DeviceIOError:
+        return DeviceIOError(
+            f"{self.name}: {what}: {err.strerror or err}", device=self.name, errno=err.errno
+        )
+
+    def _tell(
+        self,
+        before: DeviceState | None,
+        wanted: DeviceState,
+        actual: DeviceState | None,
+        error: int | None,
+        started_ns: int,
+        by: str = "set",
+    ) -> None:
+        if self._on_event is not None:
+            took_ns = time.monotonic_ns() - started_ns
+            self._on_event(
+                StateChange(self.name, before, wanted, actual, error, started_ns, took_ns, by)
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,109 @@
+"""What a caller can ask of save() and load(). Frozen values, checked before a device is touched."""
+
+import re
+from dataclasses import dataclass
+
+from vfiomig.errors import NotMigratableError, UsageError
+from vfiomig.framing import native, qemu
+from vfiomig.framing.manifest import Identity
+from vfiomig.uapi import Capability, DeviceState
+
+# QEMU's, hw/vfio/migration.c; 256 KiB to 4 MiB are one plateau (measured, Zen 4, 22 Nov 2026).
+DEFAULT_BUFFER_BYTES = 1 << 20
+# Ours: no device has as much; what says that it does is broken.
+DEFAULT_MAX_STATE_BYTES = 1 << 40
+_PCI_ADDRESS = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
+
+
+@dataclass(frozen=True, slots=True)
+class QemuFraming:
+    """QEMU's sections. section_id and idstr as the guest that will read them knows the device.
+
+    idstr None: PCI address of the device + "/vfio", or "vfio".
+    """
+
+    section_id: int = 1
+    idstr: str | None = None
+
+    def section(self, device: str) -> qemu.Section:
+        """Return the section for a device of this name. Raises UsageError."""
+        name = f"{device}/vfio" if _PCI_ADDRESS.fullmatch(device) else "vfio"
+        return qemu.Section(self.section_id, name if self.idstr is None else self.idstr)
+
+
+@dataclass(frozen=True, slots=True)
+class PreCopyLimits:
+    """When to leave PRE_COPY at the latest: some devices never run dry (virtio, a busy mlx5)."""
+
+    rounds: int = 8
+    duration_ns: int = 10_000_000_000
+    device_bytes: int = DEFAULT_MAX_STATE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class SaveOptions:
+    """How to save. Every field has a default; sizes in bytes.
+
+    framing: "native", or QemuFraming(). pre_copy: limits, or None for STOP_COPY alone. after:
+    RUNNING or STOP, what to leave the device in. from_stop: also accept a device in STOP.
+    config: an opaque blob that travels with the state. digest: False, with qemu framing only, skips
+    the digest and lets the kernel splice where source and sink can. force: replace a file.
+    """
+
+    framing: str | QemuFraming = "native"
+    pre_copy: PreCopyLimits | None = None
+    after: DeviceState = DeviceState.RUNNING
+    from_stop: bool = False
+    config: bytes = b""
+    digest: bool = True
+    force: bool = False
+    buffer_bytes: int = DEFAULT_BUFFER_BYTES
+    max_state_bytes: int = DEFAULT_MAX_STATE_BYTES
+    chunk_events: bool = False
+
+    def check(self, name: str, capabilities: Capability) -> None:
+        """Raise UsageError or NotMigratableError for what cannot work."""
+        if self.framing != "native" and not isinstance(self.framing, QemuFraming):
+            raise UsageError(f"unknown framing {self.framing!r}: native or qemu")
+        _check_common(self.after, self.buffer_bytes)
+        if self.framing == "native" and not self.digest:
+            raise UsageError("native framing always carries its digest")
+        limit = native.MAX_CONFIG_BYTES if self.framing == "native" else qemu.MAX_CONFIG_BYTES
+        if len(self.config) > limit:
+            raise UsageError(f"a config blob of {len(self.config)} bytes: at most {limit}")
+        if self.pre_copy is not None and not capabilities & Capability.PRE_COPY:
+            raise NotMigratableError(
+                f"{name} has no PRE_COPY",
+                device=name,
+                hint="save it without pre-copy",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How to load. after: RUNNING or STOP, what to leave the device in.
+
+    allow_mismatch: names of Identity fields in which stream and device may differ.
+    """
+
+    after: DeviceState = DeviceState.RUNNING
+    allow_mismatch: frozenset[str] = frozenset()
+    buffer_bytes: int = DEFAULT_BUFFER_BYTES
+    max_state_bytes: int = DEFAULT_MAX_STATE_BYTES
+    chunk_events: bool = False
+
+    def check(self) -> None:
+        """Raise UsageError for what cannot work."""
+        _check_common(self.after, self.buffer_bytes)
+        if unknown := self.allow_mismatch - set(Identity.__slots__):
+            raise UsageError(
+                f"no such field of a device: {', '.join(sorted(unknown))};"
+                f" there are {', '.join(Identity.__slots__)}"
+            )
+
+
+def _check_common(after: DeviceState, buffer_bytes: int) -> None:
+    if after not in (DeviceState.RUNNING, DeviceState.STOP):
+        raise UsageError(f"a device is left RUNNING or STOP, not {after.name}")
+    if not 4096 <= buffer_bytes <= native.MAX_FRAME_BYTES:
+        raise UsageError(f"a buffer of {buffer_bytes} bytes: 4 KiB to 128 MiB")

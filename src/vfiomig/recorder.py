@@ -1,0 +1,68 @@
+"""What one piece of work notes while it runs: events for the caller, phases for its report."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from vfiomig.report import Chunk, Event, OnEvent, Phase, Progress, StateChange
+from vfiomig.report import Warning as WarningEvent
+
+# Often enough for an eye, seldom enough to cost nothing.
+PROGRESS_NS = 100_000_000
+
+
+class Recorder:
+    """Notes events, and passes them on. expected_bytes: the device's estimate, 0 when none."""
+
+    def __init__(self, device: str, on_event: OnEvent | None) -> None:
+        self._device, self._on_event = device, on_event
+        self.expected_bytes = 0
+        self.started_ns = time.monotonic_ns()
+        self.state_changes: list[StateChange] = []
+        self.phases: list[Phase] = []
+        self.warnings: list[str] = []
+        self._told_ns = 0
+
+    @property
+    def duration_ns(self) -> int:
+        """Time since the work began."""
+        return time.monotonic_ns() - self.started_ns
+
+    @property
+    def was_reset(self) -> bool:
+        """Whether the device was reset on the way."""
+        return any(change.by == "reset" for change in self.state_changes)
+
+    def observe(self, event: Event) -> None:
+        """Take an event; an exception of the caller's on_event goes to the work, and ends it."""
+        if isinstance(event, StateChange):
+            self.state_changes.append(event)
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def warn(self, text: str) -> None:
+        """Note something that does not stop the work."""
+        self.warnings.append(text)
+        self.observe(WarningEvent(self._device, text))
+
+    @contextmanager
+    def phase(self, name: str, device_bytes: Callable[[], int]) -> Iterator[None]:
+        """Measure a phase by the clock and by a counter of device bytes."""
+        started_ns, before = time.monotonic_ns(), device_bytes()
+        yield
+        moved, took_ns = device_bytes() - before, time.monotonic_ns() - started_ns
+        self.phases.append(Phase(name, moved, took_ns))
+
+    def copied(self, phase: str, device_bytes: int) -> None:
+        """Tell the progress, ten times a second at most."""
+        now_ns = time.monotonic_ns()
+        if self._on_event is None or now_ns - self._told_ns < PROGRESS_NS:
+            return
+        self._told_ns = now_ns
+        elapsed_ns = now_ns - self.started_ns
+        event = Progress(self._device, phase, device_bytes, self.expected_bytes, elapsed_ns)
+        self._on_event(event)
+
+    def chunk(self, device_offset: int, length_bytes: int) -> None:
+        """Tell one chunk, for callers who asked for chunk events."""
+        self.observe(Chunk(self._device, device_offset, length_bytes, time.monotonic_ns()))

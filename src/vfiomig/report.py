@@ -1,0 +1,113 @@
+"""What happens and what happened: events while it does, reports when it is over. Frozen values.
+
+Times are of CLOCK_MONOTONIC, in nanoseconds: a wall clock that is set does not disturb them.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+from vfiomig.uapi import DeviceState
+
+
+@dataclass(frozen=True, slots=True)
+class StateChange:
+    """One state change that was asked of a device (VFIO_DEVICE_FEATURE SET, or a reset).
+
+    wanted: the state asked for. actual: the state read back after a failure, else wanted; None when
+    it could not be read. errno: None on success. by: "set" or "reset".
+    """
+
+    device: str
+    before: DeviceState | None
+    wanted: DeviceState
+    actual: DeviceState | None
+    errno: int | None
+    started_ns: int
+    duration_ns: int
+    by: str = "set"
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One read of a data_fd that became one frame or record. device_offset: bytes before it."""
+
+    device: str
+    device_offset: int
+    length_bytes: int
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where the copy stands. expected_bytes: the device's own estimate, 0 when it has none."""
+
+    device: str
+    phase: str
+    device_bytes: int
+    expected_bytes: int
+    elapsed_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Warning:
+    """Something a person should know that does not stop the work."""
+
+    device: str
+    text: str
+
+
+Event = StateChange | Chunk | Progress | Warning
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One part of the work. device_bytes: bytes of the device's state that moved in it."""
+
+    name: str
+    device_bytes: int
+    duration_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class TransferReport:
+    """What save() or load() did.
+
+    device_bytes: bytes of the device's own state. stream_bytes: bytes of the stream around them.
+    frames: frames of the stream (native), records and sections (qemu). digest: XXH3-64 over the
+    device's bytes in order, 16 hex digits, the same on both sides and in both framings; "" if off.
+    state: what the device was left in. stopped_ns: how long it was not RUNNING (save), or how long
+    it was on its way (load); None when it was left stopped. config: the opaque blob that travelled.
+    """
+
+    device: str
+    framing: str
+    device_bytes: int
+    stream_bytes: int
+    frames: int
+    digest: str
+    state: DeviceState
+    duration_ns: int
+    stopped_ns: int | None
+    phases: tuple[Phase, ...] = ()
+    state_changes: tuple[StateChange, ...] = ()
+    warnings: tuple[str, ...] = ()
+    spliced_bytes: int = 0
+    config: bytes = field(default=b"", repr=False)
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report as plain values for JSON; states by name, config by its length."""
+        plain = asdict(self)
+        plain["state"] = self.state.name
+        plain["config_bytes"] = len(plain.pop("config"))
+        plain["state_changes"] = [state_change_dict(change) for change in self.state_changes]
+        return plain
+
+
+def state_change_dict(change: StateChange) -> dict[str, object]:
+    """Return a state change as plain values for JSON, states by name."""
+    plain = asdict(change)
+    plain["before"] = None if change.before is None else change.before.name
+    plain["wanted"] = change.wanted.name
+    plain["actual"] = None if change.actual is None else change.actual.name
+    return plain

@@ -1,0 +1,92 @@
+"""Work that signals cannot tear: it runs in a thread of its own that blocks them, and is cancelled.
+
+A signal that interrupts a read of a data_fd loses bytes on some drivers, and one that interrupts
+a state change kills the session (xe, mlx5: drivers/vfio/pci). So the caller takes the signals.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from vfiomig.errors import CancelledError
+from vfiomig.fd import OwnedFd
+
+T = TypeVar("T")
+
+
+class Cancellation:
+    """A wish to stop, from any thread: cancel() is seen between two chunks, or while one waits.
+
+    Owns an eventfd, readable once cancelled. Serves one piece of work.
+    """
+
+    def __init__(self) -> None:
+        self._fd = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """Ask the work to stop and roll back. Does not wait; may be called more than once."""
+        self._cancelled = True
+        if self._fd.fileno() != -1:
+            os.eventfd_write(self._fd.fileno(), 1)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether cancel() was called."""
+        return self._cancelled
+
+    def check(self) -> None:
+        """Raise CancelledError once cancelled."""
+        if self._cancelled:
+            raise CancelledError("cancelled")
+
+    def fileno(self) -> int:
+        """Return the eventfd, which stays the cancellation's."""
+        return self._fd.fileno()
+
+    def close(self) -> None:
+        """Close the eventfd."""
+        self._fd.close()
+
+
+def run_shielded(job: Callable[[], T], cancellation: Cancellation) -> T:
+    """Run job in a thread that blocks all signals; return what it returns, raise what it raises.
+
+    An exception in the calling thread while it waits (KeyboardInterrupt, or what a signal handler
+    raises) cancels the job, waits until it has rolled back, and goes on from here: as long as the
+    roll-back takes, further ones are only noted.
+    """
+    outcome: list[T] = []
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            outcome.append(job())
+        except BaseException as err:  # noqa: BLE001  handed to the caller, who raises it
+            failure.append(err)
+
+    thread = threading.Thread(target=work, name="vfiomig")
+    thread.start()
+    interrupted = _join(thread, cancellation)
+    if interrupted is not None and not outcome:
+        raise interrupted from (failure[0] if failure else None)
+    if failure:
+        raise failure[0]
+    if interrupted is not None:
+        raise interrupted
+    return outcome[0]
+
+
+def _join(thread: threading.Thread, cancellation: Cancellation) -> BaseException | None:
+    first: BaseException | None = None
+    while True:
+        try:
+            thread.join()
+        except BaseException as err:  # noqa: BLE001  raised again once the roll-back is done
+            first = first or err
+            cancellation.cancel()
+        else:
+            return first
