@@ -1,0 +1,213 @@
+"""Load a state into a device: RESUMING, every byte checked, and only then the commit."""
+
+import errno
+import time
+from contextlib import AbstractContextManager, closing
+
+from vfiomig._fastcopy import StreamReader
+from vfiomig.channel import DataChannel
+from vfiomig.device import Device
+from vfiomig.errors import (
+    CancelledError,
+    DeviceBusyError,
+    DeviceIOError,
+    DeviceLostError,
+    MigrationError,
+    StreamMismatchError,
+)
+from vfiomig.incoming import FrameInfo, Incoming, open_incoming
+from vfiomig.options import LoadOptions
+from vfiomig.recorder import Recorder
+from vfiomig.report import OnEvent, TransferReport
+from vfiomig.transport import Stream, Target, open_source
+from vfiomig.uapi import DeviceState
+from vfiomig.worker import Cancellation, run_shielded
+
+
+def load(
+    source: Target,
+    device: Device,
+    options: LoadOptions = LoadOptions(),  # noqa: B008  frozen
+    *,
+    on_event: OnEvent | None = None,
+    cancellation: Cancellation | None = None,
+) -> TransferReport:
+    """Load a stream into a device, and leave it RUNNING (or STOP: options.after).
+
+    source: a path, or a descriptor, a socket or an open file, which stay the caller's and are read
+    to their end. What the device held is lost as soon as it enters RESUMING. The whole stream is
+    verified before RESUMING -> STOP, which commits it; whatever fails earlier ends in a reset.
+    Blocks; may be called from any thread; on_event and exceptions as with save().
+    Raises MigrationError: its actual and aftermath say what the device was left in.
+    """
+    options.check()
+    with closing(Cancellation()) as own, open_source(source) as stream:
+        stop = cancellation or own
+        job = _Loading(stream, device, options, Recorder(device.name, on_event), stop)
+        return run_shielded(job.run, stop)
+
+
+class _Loading:
+    """One load. Runs in the working thread."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        device: Device,
+        options: LoadOptions,
+        recorder: Recorder,
+        cancellation: Cancellation,
+    ) -> None:
+        self._stream, self._device, self._options = stream, device, options
+        self._recorder, self._cancellation = recorder, cancellation
+        self._reader = StreamReader(
+            stream.fileno(), options.buffer_bytes, wake_fd=cancellation.fileno()
+        )
+        self._data_fd, self._committed = -1, False
+
+    def run(self) -> TransferReport:
+        with self._device.observed(self._recorder.observe):
+            incoming = self._open()
+            self._check_identity(incoming)
+            self._check_state()
+            started_ns = time.monotonic_ns()
+            try:
+                self._transfer(incoming)
+                self._cancellation.check()
+                with self._phase("commit", incoming):
+                    self._device.set_state(DeviceState.STOP)
+                self._committed = True
+                if self._options.after is DeviceState.RUNNING:
+                    with self._phase("resume", incoming):
+                        self._device.set_state(DeviceState.RUNNING)
+            except BaseException as err:
+                self._roll_back(err)
+                raise
+            return self._report(incoming, time.monotonic_ns() - started_ns)
+
+    def _open(self) -> Incoming:
+        try:
+            incoming = open_incoming(self._reader, self._options.max_state_bytes)
+        except OSError as err:
+            raise self._stream_failed(err) from err
+        if incoming.manifest:
+            self._recorder.expected_bytes = incoming.manifest.devices[0].stop_copy_length or 0
+        return incoming
+
+    def _check_identity(self, incoming: Incoming) -> None:
+        if incoming.manifest is None:  # QEMU's sections do not say what device they are of
+            return
+        if len(incoming.manifest.devices) != 1:
+            raise StreamMismatchError(
+                f"{self._stream.name} holds {len(incoming.manifest.devices)} devices, not one",
+                device=self._device.name,
+            )
+        theirs, mine = incoming.manifest.devices[0].identity, self._device.identity
+        fields = [
+            field for field in mine.differences(theirs) if field not in self._options.allow_mismatch
+        ]
+        if fields:
+            listed = ", ".join(
+                f"{field} {getattr(theirs, field)!r} is not {getattr(mine, field)!r}"
+                for field in fields
+            )
+            raise StreamMismatchError(
+                f"{self._stream.name} is of another device than {self._device.name}: {listed}",
+                device=self._device.name,
+                hint="if you know that it fits: --allow-mismatch " + ",".join(fields),
+            )
+
+    def _check_state(self) -> None:
+        state = self._device.state()
+        if state is not DeviceState.RUNNING:
+            raise DeviceBusyError(
+                f"{self._device.name} is in {state.name} and not RUNNING: somebody is at work"
+                " on it, or left it so",
+                device=self._device.name,
+                wanted=DeviceState.RUNNING,
+                actual=state,
+                hint="vfiomig reset makes it RUNNING again, and loses its state",
+            )
+
+    def _transfer(self, incoming: Incoming) -> None:
+        with self._phase("load", incoming):
+            channel = self._device.set_state(DeviceState.RESUMING)
+            if channel is None:  # Device.set_state() promises one for this state
+                raise DeviceIOError(f"{self._device.name}: no data session", actual=None)
+            self._data_fd = channel.fileno()
+            told = 0
+
+            def tell(frame: FrameInfo) -> None:
+                nonlocal told
+                moved = incoming.device_bytes
+                self._recorder.copied("load", moved)
+                if self._options.chunk_events and moved > told:
+                    self._recorder.chunk(told, moved - told)
+                told = moved
+                self._cancellation.check()
+
+            try:
+                incoming.transfer(self._data_fd, tell)
+            except OSError as err:
+                if self._reader.failed_fd == self._data_fd:
+                    raise self._write_failed(channel, err) from err
+                raise self._stream_failed(err) from err
+            if (cause := channel.failure()) is not None:
+                raise self._write_failed(channel, cause) from cause
+        if incoming.device_bytes == 0:
+            self._recorder.warn("the stream holds no state at all: 0 bytes")
+
+    def _write_failed(self, channel: DataChannel, err: OSError) -> MigrationError:
+        cause = channel.failure() or err
+        what = "refused its state at byte"
+        if cause.errno == errno.ENODEV:
+            what = "was reset during the load, at byte"
+        return DeviceIOError(
+            f"{self._device.name} {what} {self._reader.device_bytes}: {cause.strerror or cause}",
+            device=self._device.name,
+            errno=cause.errno,
+            wanted=DeviceState.RESUMING,
+            actual=self._device.state_or_none(),
+        )
+
+    def _stream_failed(self, err: OSError) -> MigrationError:
+        if self._cancellation.cancelled and err.errno == errno.ECANCELED:
+            return CancelledError("cancelled while loading", device=self._device.name)
+        return self._stream.failed(err)
+
+    def _roll_back(self, err: BaseException) -> None:
+        """Reset what is half loaded; say on err what became of the device."""
+        device, reached = self._device, DeviceState.RUNNING
+        try:
+            if self._data_fd != -1 and not self._committed:
+                device.reset()
+            else:
+                reached = device.recover(DeviceState.RUNNING)
+        except DeviceLostError as lost:
+            raise lost from err
+        if isinstance(err, MigrationError):
+            err.actual, err.phase = reached, err.phase or "load"
+            err.aftermath = f"{device.name} is {reached.name} with what it held before"
+            if self._recorder.was_reset:
+                err.aftermath = f"{device.name} was reset and is {reached.name}; nothing is loaded"
+
+    def _phase(self, name: str, incoming: Incoming) -> AbstractContextManager[None]:
+        return self._recorder.phase(name, lambda: incoming.device_bytes)
+
+    def _report(self, incoming: Incoming, took_ns: int) -> TransferReport:
+        running = self._options.after is DeviceState.RUNNING
+        return TransferReport(
+            device=self._device.name,
+            framing=incoming.framing,
+            device_bytes=incoming.device_bytes,
+            stream_bytes=self._reader.offset,
+            frames=incoming.frames,
+            digest=f"{incoming.digest:016x}",
+            state=self._options.after,
+            duration_ns=self._recorder.duration_ns,
+            stopped_ns=took_ns if running else None,
+            phases=tuple(self._recorder.phases),
+            state_changes=tuple(self._recorder.state_changes),
+            warnings=tuple(self._recorder.warnings),
+            config=incoming.config,
+        )

@@ -1,0 +1,296 @@
+"""Save the state of a device: PRE_COPY rounds where they are wanted, STOP_COPY, the end."""
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
+from datetime import UTC, datetime
+
+from vfiomig._fastcopy import Digest, FrameWriter, Outcome, Template
+from vfiomig._version import __version__
+from vfiomig.channel import DataChannel
+from vfiomig.device import Device
+from vfiomig.errors import (
+    CancelledError,
+    DeviceBusyError,
+    DeviceIOError,
+    DeviceLostError,
+    MigrationError,
+    ResourceLimitError,
+)
+from vfiomig.framing import native, qemu
+from vfiomig.framing.manifest import DeviceEntry, Manifest
+from vfiomig.options import PreCopyLimits, QemuFraming, SaveOptions
+from vfiomig.outgoing import NativeOutgoing, Outgoing, QemuOutgoing
+from vfiomig.recorder import PROGRESS_NS, Recorder
+from vfiomig.report import OnEvent, TransferReport
+from vfiomig.transport import Stream, Target, open_sink
+from vfiomig.uapi import Capability, DeviceState
+from vfiomig.worker import Cancellation, run_shielded
+
+
+def save(
+    device: Device,
+    target: Target,
+    options: SaveOptions = SaveOptions(),  # noqa: B008  frozen
+    *,
+    on_event: OnEvent | None = None,
+    cancellation: Cancellation | None = None,
+) -> TransferReport:
+    """Save the state of a device, and leave it RUNNING again (or STOP: options.after).
+
+    target: a path, which then holds the whole state or does not exist; or a descriptor, a socket or
+    an open file, which stay the caller's and may hold a cut stream after a failure. on_event is
+    called in the working thread, and must not block; what it raises cancels the work.
+    Blocks; may be called from any thread. An exception in the calling thread (Ctrl-C) cancels and
+    rolls back first. Raises MigrationError; its actual and aftermath say what the device was left
+    in: RUNNING with its state, RUNNING after a reset, or (DeviceLostError) neither.
+    """
+    options.check(device.name, device.capabilities)
+    with closing(Cancellation()) as own, open_sink(target, force=options.force) as sink:
+        stop = cancellation or own
+        job = _Saving(device, sink, options, on_event, stop)
+        return run_shielded(job.run, stop)
+
+
+class _Saving:
+    """One save. Runs in the working thread."""
+
+    def __init__(
+        self,
+        device: Device,
+        sink: Stream,
+        options: SaveOptions,
+        on_event: OnEvent | None,
+        cancellation: Cancellation,
+    ) -> None:
+        self._device, self._sink, self._options = device, sink, options
+        self._recorder, self._cancellation = Recorder(device.name, on_event), cancellation
+        self._digest = Digest() if options.digest else None
+        self._stopping_ns = 0
+        self._stopped_ns: int | None = None
+
+    def run(self) -> TransferReport:
+        with self._device.observed(self._recorder.observe):
+            self._start_state = self._check_state()
+            length = self._device.stop_copy_length()
+            self._recorder.expected_bytes = length or 0
+            if length is None:
+                self._recorder.warn("the device does not tell its size: no estimate")
+            try:
+                self._writer, self._framing = self._open(length)
+                self._in_sink(self._framing.begin)
+                self._copy_all()
+                return self._finish()
+            except BaseException as err:
+                self._roll_back(err)
+                raise
+
+    def _check_state(self) -> DeviceState:
+        state = self._device.state()
+        allowed = [DeviceState.RUNNING] + [DeviceState.STOP] * self._options.from_stop
+        if state not in allowed:
+            raise DeviceBusyError(
+                f"{self._device.name} is in {state.name} and not RUNNING: somebody is at work"
+                " on it, or left it so",
+                device=self._device.name,
+                wanted=DeviceState.RUNNING,
+                actual=state,
+                hint="vfiomig state shows it; vfiomig reset makes it RUNNING, and loses its state",
+            )
+        return state
+
+    def _open(self, length: int | None) -> tuple[FrameWriter, Outgoing]:
+        options, wake_fd = self._options, self._cancellation.fileno()
+        if isinstance(options.framing, QemuFraming):
+            section = options.framing.section(self._device.name)
+            size = min(options.buffer_bytes, qemu.record_bytes(length))
+            writer = FrameWriter(self._sink.fileno(), size, wake_fd=wake_fd)
+            return writer, QemuOutgoing(writer, section)
+        writer = FrameWriter(self._sink.fileno(), options.buffer_bytes, wake_fd=wake_fd)
+        align = native.FILE_ALIGN if self._sink.is_file else native.PIPE_ALIGN
+        return writer, NativeOutgoing(writer, self._manifest(length), align)
+
+    def _manifest(self, length: int | None) -> Manifest:
+        device = self._device
+        names = tuple(bit.name or "" for bit in Capability if bit & device.capabilities)
+        entry = DeviceEntry(device.name, device.identity, names, length)
+        created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return Manifest(created, f"vfiomig {__version__}", (entry,))
+
+    def _copy_all(self) -> None:
+        channel = None
+        if self._options.pre_copy is not None and self._start_state is DeviceState.RUNNING:
+            with self._phase("pre-copy"):
+                self._device.set_precopy_info_v2()
+                channel = self._channel(self._device.set_state(DeviceState.PRE_COPY))
+                self._pre_copy(channel, self._options.pre_copy)
+        self._stopping_ns = time.monotonic_ns()
+        with self._phase("stop-copy"):
+            channel = self._channel(self._device.set_state(DeviceState.STOP_COPY))
+            self._in_sink(self._framing.begin_stop_copy)
+            self._stop_copy(channel)
+
+    def _channel(self, channel: DataChannel | None) -> DataChannel:
+        self._cancellation.check()
+        if channel is None:  # Device.set_state() promises one for these states
+            raise DeviceIOError(f"{self._device.name}: no data session", device=self._device.name)
+        return channel
+
+    def _pre_copy(self, channel: DataChannel, limits: PreCopyLimits) -> None:
+        ends_ns = time.monotonic_ns() + limits.duration_ns
+        left_bytes = limits.device_bytes
+        for _ in range(limits.rounds):
+            try:
+                info = channel.precopy_info()
+            except OSError as err:
+                raise self._device_failed("does not tell its pre-copy sizes", err) from err
+            if info.initial_bytes == info.dirty_bytes == 0:
+                return
+            before = self._writer.device_bytes
+            template = self._framing.pre_copy
+            outcome = self._copy(channel, template, left_bytes, ends_ns, "pre-copy")
+            left_bytes -= self._writer.device_bytes - before
+            # In PRE_COPY both ENOMSG and 0 mean "nothing now" (mlx5, virtio; hisi, qat, mtty).
+            if outcome not in (Outcome.DRAINED, Outcome.END_OF_STREAM):
+                return
+            self._in_sink(self._framing.drained)
+
+    def _stop_copy(self, channel: DataChannel) -> None:
+        most = self._options.max_state_bytes
+        left_bytes = most + 1 - self._writer.device_bytes
+        outcome = self._copy(channel, self._framing.stop_copy, left_bytes, 0, "stop-copy")
+        if outcome is Outcome.DRAINED:
+            cause = OSError(errno.ENOMSG, os.strerror(errno.ENOMSG))
+            raise self._device_failed("says in STOP_COPY that it is drained for now", cause)
+        if outcome is not Outcome.END_OF_STREAM:
+            raise ResourceLimitError(
+                f"{self._device.name}: its state is larger than the {most} bytes allowed",
+                device=self._device.name,
+                hint="raise the limit with --max-state, or look for an endless driver",
+            )
+        if self._writer.device_bytes == 0:
+            self._recorder.warn("the device gave no state at all: 0 bytes")
+
+    def _copy(
+        self, channel: DataChannel, template: Template, limit: int, ends_ns: int, phase: str
+    ) -> Outcome:
+        """Copy until the source has nothing (more), the limit or ends_ns (0: none) is reached."""
+        step_ns = 1 if self._options.chunk_events else PROGRESS_NS
+        before = self._writer.device_bytes
+        while True:
+            deadline_ns = time.monotonic_ns() + step_ns
+            at = self._writer.device_bytes
+            outcome = self._copy_until(channel, template, limit - (at - before), deadline_ns)
+            self._tell(phase, at)
+            if outcome is not Outcome.DEADLINE_REACHED:
+                return outcome
+            if ends_ns and time.monotonic_ns() >= ends_ns:
+                return Outcome.LIMIT_REACHED
+
+    def _tell(self, phase: str, before: int) -> None:
+        copied = self._writer.device_bytes
+        self._recorder.copied(phase, copied)
+        if self._options.chunk_events and copied > before:
+            self._recorder.chunk(before, copied - before)
+
+    def _phase(self, name: str) -> AbstractContextManager[None]:
+        return self._recorder.phase(name, lambda: self._writer.device_bytes)
+
+    def _copy_until(
+        self, channel: DataChannel, template: Template, limit: int, deadline_ns: int
+    ) -> Outcome:
+        try:
+            outcome = self._writer.copy(
+                channel.fileno(),
+                template,
+                limit,
+                self._digest,
+                deadline_ns=deadline_ns,
+                splicing=self._digest is None,
+            )
+        except OSError as err:
+            raise self._copy_failed(err) from err
+        if outcome is Outcome.END_OF_STREAM and (cause := channel.failure()) is not None:
+            if cause.errno == errno.ENOMSG:
+                return Outcome.DRAINED
+            raise self._read_failed(cause) from cause
+        return outcome
+
+    def _copy_failed(self, err: OSError) -> MigrationError:
+        if self._cancellation.cancelled and err.errno == errno.ECANCELED:
+            return CancelledError("cancelled while copying", device=self._device.name)
+        if self._writer.failed_fd == self._sink.fileno():
+            return self._sink.failed(err)
+        return self._read_failed(err)
+
+    def _read_failed(self, cause: OSError) -> MigrationError:
+        at, expected = self._writer.device_bytes, self._recorder.expected_bytes
+        of = f" of about {expected}" if expected else ""
+        if cause.errno == errno.ENODEV:
+            return self._device_failed(
+                f"was reset during the copy, at byte {at}{of}; its state is gone", cause
+            )
+        return self._device_failed(f"failed at byte {at}{of} of its state", cause)
+
+    def _device_failed(self, what: str, cause: OSError) -> MigrationError:
+        return DeviceIOError(
+            f"{self._device.name} {what}: {cause.strerror or cause}",
+            device=self._device.name,
+            errno=cause.errno,
+            actual=self._device.state_or_none(),
+        )
+
+    def _in_sink(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as err:
+            raise self._copy_failed(err) from err
+
+    def _finish(self) -> TransferReport:
+        # The state is read: a device that goes on running need not wait for a disk.
+        self._resume(self._options.after)
+        with self._phase("commit"):
+            self._in_sink(lambda: self._framing.end(self._options.config, self._digest))
+            self._cancellation.check()
+            self._sink.commit()
+        return self._report()
+
+    def _resume(self, target: DeviceState) -> None:
+        with self._phase("resume" if target is DeviceState.RUNNING else "stop"):
+            self._device.set_state(target)
+        if target is DeviceState.RUNNING:
+            self._stopped_ns = time.monotonic_ns() - self._stopping_ns
+
+    def _roll_back(self, err: BaseException) -> None:
+        """Bring the device back to where it was; say on err what became of it."""
+        device = self._device
+        try:
+            actual = device.recover(self._start_state)
+        except DeviceLostError as lost:
+            raise lost from err
+        if isinstance(err, MigrationError):
+            err.actual, err.phase = actual, err.phase or "save"
+            err.aftermath = f"{device.name} is {actual.name}"
+            if self._recorder.was_reset:
+                err.aftermath = f"{device.name} was reset and is {actual.name}: its state is lost"
+
+    def _report(self) -> TransferReport:
+        recorder = self._recorder
+        return TransferReport(
+            device=self._device.name,
+            framing="native" if self._options.framing == "native" else "qemu",
+            device_bytes=self._writer.device_bytes,
+            stream_bytes=self._writer.stream_bytes,
+            frames=self._writer.frames,
+            digest=f"{self._digest.value:016x}" if self._digest else "",
+            state=self._options.after,
+            duration_ns=recorder.duration_ns,
+            stopped_ns=self._stopped_ns,
+            phases=tuple(recorder.phases),
+            state_changes=tuple(recorder.state_changes),
+            warnings=tuple(recorder.warnings),
+            spliced_bytes=self._writer.spliced_bytes,
+            config=self._options.config,
+        )
