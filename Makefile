@@ -1,0 +1,51 @@
+# Two commands do everything: make demo, make test. CONTRIBUTING.md says what each part is for.
+BIN := .venv/bin
+SOURCES := pyproject.toml setup.py src/_fastcopy.pyx tools/setup
+LAB := $(BIN)/python tests/vm/lab.py
+KERNEL_TESTS := $(abspath $(BIN))/python -B -m pytest -p no:cacheprovider -q tests/kernel
+
+.PHONY: demo test lint test-host test-wheel test-vm test-cdev bench clean
+
+demo: .venv/ready
+	$(BIN)/python tools/demo.py
+
+test: lint test-host test-wheel test-vm
+
+lint: .venv/ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/cython-lint src/_fastcopy.pyx
+	$(BIN)/mypy
+	$(BIN)/stubtest --ignore-missing-stub vfiomig._fastcopy
+
+test-host: .venv/ready-test
+	$(BIN)/python -m pytest -q
+
+# The package as a user installs it: built alone, in an environment of its own.
+test-wheel: .venv/ready-test
+	tools/test-wheel
+
+# The kernel tests on Debian's 6.12 kernel with its mtty driver, in a virtual machine.
+test-vm: .venv/ready-test
+	$(LAB) prepare
+	$(LAB) run --env VFIOMIG_REQUIRE_KERNEL=1 -- $(KERNEL_TESTS)
+
+# The same by /dev/vfio/devices and iommufd, on a kernel built from Debian's source; cached.
+test-cdev: .venv/ready-test
+	$(LAB) prepare --kernel cdev
+	$(LAB) run --kernel cdev --env VFIOMIG_REQUIRE_KERNEL=1 --env VFIOMIG_REQUIRE_CDEV=1 \
+		-- $(KERNEL_TESTS)
+
+bench: .venv/ready-test
+	$(BIN)/python -m pytest benchmarks --benchmark-only -q
+
+.venv/ready: $(SOURCES)
+	tools/setup
+	touch $@
+
+.venv/ready-test: $(SOURCES) tests/vm/packages.txt
+	tools/setup test
+	touch .venv/ready $@
+
+clean:
+	rm -rf .venv build dist src/*.c src/vfiomig/*.so src/*.egg-info
