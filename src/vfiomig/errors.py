@@ -32,6 +32,10 @@ class MigrationError(Exception):
         self.device, self.errno, self.wanted, self.actual = device, errno, wanted, actual
         self.phase, self.hint, self.aftermath = phase, hint, ""
 
+    def name_stream(self, name: str) -> None:
+        """Put the name of the stream in front of the message."""
+        self.args = (f"{name}: {self}",)
+
 
 class UsageError(MigrationError):
     """The request itself makes no sense: an unknown option, name, size or state."""

@@ -6,7 +6,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 
 from vfiomig._fastcopy import StreamReader
-from vfiomig.errors import CancelledError, MigrationError, StreamError
+from vfiomig.errors import CancelledError, MigrationError, StreamError, StreamMismatchError
 from vfiomig.fd import OwnedFd
 from vfiomig.framing.manifest import Manifest
 from vfiomig.incoming import FrameInfo, Incoming, OnFrame, open_incoming
@@ -92,6 +92,9 @@ class _Inspecting:
             self._sound_bytes = self._reader.offset
         except StreamError as err:
             problem = err
+        except StreamMismatchError as err:
+            err.name_stream(self._stream.name)
+            raise
         except OSError as err:
             if self._cancellation.cancelled:
                 raise CancelledError("cancelled while reading") from err
@@ -185,6 +188,7 @@ class _Piped:
             except OSError as err:
                 self._error = self._stream.failed(err)
             except MigrationError as err:
+                err.name_stream(self._stream.name)
                 self._error = err
 
     def fileno(self) -> int:

@@ -13,6 +13,7 @@ from vfiomig.errors import (
     DeviceIOError,
     DeviceLostError,
     MigrationError,
+    StreamError,
     StreamMismatchError,
 )
 from vfiomig.incoming import FrameInfo, Incoming, open_incoming
@@ -90,6 +91,9 @@ class _Loading:
             incoming = open_incoming(self._reader, self._options.max_state_bytes)
         except OSError as err:
             raise self._stream_failed(err) from err
+        except (StreamError, StreamMismatchError) as err:
+            err.name_stream(self._stream.name)
+            raise
         if incoming.manifest:
             self._recorder.expected_bytes = incoming.manifest.devices[0].stop_copy_length or 0
         return incoming
@@ -152,6 +156,9 @@ class _Loading:
                 if self._reader.failed_fd == self._data_fd:
                     raise self._write_failed(channel, err) from err
                 raise self._stream_failed(err) from err
+            except StreamError as err:
+                err.name_stream(self._stream.name)
+                raise
             if (cause := channel.failure()) is not None:
                 raise self._write_failed(channel, cause) from cause
         if incoming.device_bytes == 0:

@@ -5,6 +5,7 @@ Times are of CLOCK_MONOTONIC, in nanoseconds: a wall clock that is set does not 
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from errno import errorcode
 
 from vfiomig.uapi import DeviceState
 
@@ -110,4 +111,5 @@ def state_change_dict(change: StateChange) -> dict[str, object]:
     plain["before"] = None if change.before is None else change.before.name
     plain["wanted"] = change.wanted.name
     plain["actual"] = None if change.actual is None else change.actual.name
+    plain["errno_name"] = errorcode.get(change.errno) if change.errno else None
     return plain

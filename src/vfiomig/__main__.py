@@ -1,0 +1,7 @@
+"""python -m vfiomig."""
+
+import sys
+
+from vfiomig.cli import main
+
+sys.exit(main())

@@ -1,0 +1,160 @@
+"""The command: finds the sub-command, and turns what it raises into sentences and exit codes."""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+from vfiomig._version import __version__
+from vfiomig.cli.output import Output
+from vfiomig.errors import MigrationError, UsageError
+
+# A module for each, imported only when its command runs.
+COMMANDS = {
+    "list": "the devices of this host that could migrate, and why others cannot",
+    "info": "what a device can do",
+    "doctor": "what this host lacks for migration, and what to do about it",
+    "save": "save the state of a device into a file or a pipe",
+    "load": "load a state into a device",
+    "inspect": "what a stream holds, and how far it is sound",
+    "verify": "whether streams are sound to their end",
+    "diff": "whether two streams hold the same state",
+    "state": "the state a device is in, or a change of it",
+    "reset": "reset a device: RUNNING, and blank",
+    "hold": "open devices once, keep them open, and lend them to other commands",
+}
+
+_EPILOG = """\
+devices:
+  0000:3b:00.2, 3b:00.2, a UUID of an mdev, a path in sysfs, /dev/vfio/devices/vfio0, vfio0
+  fd:N, pid:PID/fd:N, unix:PATH   borrowed from the process that runs it
+  sim:, sim:FILE?size=1G          simulated, for trying things out
+
+examples:
+  vfiomig list --all
+  vfiomig save 'sim:a.state?size=64M' a.vmig
+  vfiomig load a.vmig 'sim:b.state?size=64M'
+  vfiomig inspect a.vmig
+
+exit codes:
+  0 ok, 1 internal, 2 usage, 3 not migratable, 4 permission, 5 no such device or busy, 6 device
+  error, 7 stream damaged, 8 stream of another device or a newer version, 9 peer, 10 local I/O,
+  12 differs, 14 cancelled, 15 resource limit, 20 the device is not RUNNING any more: look at it,
+  130, 143 signals
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises UsageError, so that --json holds for usage errors too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"{self.prog} --help")
+
+
+class _Terminated(BaseException):
+    """SIGTERM or SIGHUP: rolls back like Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with argv (sys.argv without it). Returns the exit code; never raises."""
+    words = sys.argv[1:] if argv is None else argv
+    out = Output(json="--json" in words or "-j" in words)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminate)
+    try:
+        code = _run(words, out)
+        sys.stdout.flush()
+        return code
+    except MigrationError as err:
+        out.error(err)
+        return err.code
+    except KeyboardInterrupt as err:
+        return out.interrupted(err, signal.SIGINT)
+    except _Terminated as err:
+        return out.interrupted(err, err.number)
+    except BrokenPipeError:
+        # The reader of our words has gone: nobody is left to tell. Spare Python's own last flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as err:
+        out.error(MigrationError(f"{err.filename or 'I/O'}: {err.strerror}", errno=err.errno))
+        return 10
+
+
+def _terminate(number: int, _: FrameType | None) -> None:
+    raise _Terminated(number)
+
+
+def _run(words: list[str], out: Output) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_top().format_help())
+        return 0 if words else UsageError.code
+    if words[0] == "--version":
+        print(f"vfiomig {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        near = [name for name in COMMANDS if name.startswith(words[0][:2])]
+        hint = f"perhaps {near[0]}?" if near else "vfiomig --help lists the commands"
+        raise UsageError(f"no command {words[0]!r}", hint=hint)
+    module = importlib.import_module(f"vfiomig.cli.{words[0]}_command")
+    parser = _parser(words[0], module.__doc__ or "")
+    module.add_arguments(parser)
+    _common(parser)
+    _from_environment(parser)
+    args = parser.parse_args(words[1:])
+    out.configure(json=args.json, pretty=args.pretty, quiet=args.quiet, verbose=args.verbose)
+    out.command = words[0]
+    code: int = module.run(args, out)
+    return code
+
+
+def _top() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items()]
+    return _Parser(
+        prog="vfiomig",
+        usage="vfiomig COMMAND …  |  vfiomig COMMAND --help  |  vfiomig --version",
+        description="Save, load and inspect the migration state of VFIO devices, without a VMM.\n\n"
+        "commands:\n" + "\n".join(lines),
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+
+
+def _parser(command: str, text: str) -> argparse.ArgumentParser:
+    description, _, epilog = text.partition("\n\nexamples:")
+    return _Parser(
+        prog=f"vfiomig {command}",
+        description=description,
+        epilog=f"examples:{epilog}" if epilog else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("-j", "--json", action="store_true", help="JSON, errors included")
+    group.add_argument("-p", "--pretty", action="store_true", help="JSON for people: indented")
+    group.add_argument("-q", "--quiet", action="store_true", help="nothing but errors")
+    group.add_argument("-v", "--verbose", action="store_true", help="every state change, progress")
+
+
+def _from_environment(parser: argparse.ArgumentParser) -> None:
+    """Take VFIOMIG_SOME_OPTION as the default of --some-option."""
+    for action in parser._actions:
+        text = os.environ.get(f"VFIOMIG_{action.dest.upper()}")
+        if text is None or not action.option_strings or action.dest == "help":
+            continue
+        flag = action.nargs == 0
+        if flag and text not in ("0", "1"):
+            raise UsageError(f"VFIOMIG_{action.dest.upper()} is {text!r}, and must be 0 or 1")
+        parser.set_defaults(**{action.dest: text == "1" if flag else text})

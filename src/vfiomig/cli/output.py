@@ -1,0 +1,119 @@
+"""What the command prints: for people or as JSON, results on stdout, all talk on stderr."""
+
+import json
+import signal
+import sys
+from collections.abc import Iterable, Mapping
+from errno import errorcode
+from typing import Any, TextIO
+
+from vfiomig.errors import MigrationError
+
+# Fields are only ever added within one number.
+SCHEMA = 1
+
+
+class Output:
+    """Where a command puts its words."""
+
+    def __init__(self, *, json: bool) -> None:
+        self.json, self.pretty, self.quiet, self.verbose = json, False, False, False
+        self.command = ""
+        # The stream itself may be what goes to stdout: then the words go to stderr.
+        self.results: TextIO = sys.stdout
+
+    def configure(self, *, json: bool, pretty: bool, quiet: bool, verbose: bool) -> None:
+        """Take over the options, once they are parsed."""
+        self.json, self.pretty, self.quiet, self.verbose = json or pretty, pretty, quiet, verbose
+
+    def record(self, kind: str, values: Mapping[str, Any], stream: TextIO | None = None) -> None:
+        """Print one JSON document: a line of its own, or indented when pretty."""
+        plain = {"schema": SCHEMA, "type": kind, "command": self.command, **values}
+        text = json.dumps(plain, indent=2 if self.pretty else None, default=str)
+        print(text, file=stream or self.results, flush=True)
+
+    def result(self, values: Mapping[str, Any], text: str) -> None:
+        """Print the result: JSON with --json, else text, unless quiet."""
+        if self.json:
+            self.record("result", values)
+        elif not self.quiet:
+            print(text, file=self.results)
+
+    def answer(self, values: Mapping[str, Any], text: str) -> None:
+        """Print what was asked for: as result(), also when quiet."""
+        if self.json:
+            self.record("result", values)
+        else:
+            print(text, file=self.results)
+
+    def note(self, text: str) -> None:
+        """Say something on stderr, unless quiet. With --json: a warning record."""
+        if self.json:
+            self.record("warning", {"text": text})
+        elif not self.quiet:
+            print(f"vfiomig: {text}", file=sys.stderr)
+
+    def error(self, err: MigrationError) -> None:
+        """Say what failed, what became of the device, and what to do."""
+        if self.json:
+            return self.record("error", error_values(err))
+        lines = [f"vfiomig: {printable(str(err))}"]
+        if err.aftermath:
+            lines.append(f"  now: {printable(err.aftermath)}")
+        if err.hint:
+            lines.append(f"  hint: {printable(err.hint)}")
+        print("\n".join(lines), file=sys.stderr)
+
+    def interrupted(self, err: BaseException, number: int) -> int:
+        """Say that a signal ended the work, and what became of the device; return its code."""
+        name, cause = signal.Signals(number).name, err.__cause__
+        code = 128 + number
+        if isinstance(cause, MigrationError):
+            if cause.code == 20:  # the device did not come back: that matters more
+                self.error(cause)
+                return cause.code
+            stopped = MigrationError(f"stopped by {name}")
+            stopped.aftermath, stopped.actual = cause.aftermath, cause.actual
+            stopped.device, stopped.phase = cause.device, cause.phase
+        else:
+            stopped = MigrationError(f"stopped by {name}")
+        stopped.code = code
+        self.error(stopped)
+        return code
+
+
+def error_values(err: MigrationError) -> dict[str, Any]:
+    """Return an error as plain values for JSON."""
+    return {
+        "error": type(err).__name__,
+        "message": str(err),
+        "code": err.code,
+        "errno": err.errno,
+        "errno_name": errorcode.get(err.errno) if err.errno else None,
+        "device": err.device,
+        "phase": err.phase,
+        "wanted_state": err.wanted.name if err.wanted is not None else None,
+        "actual_state": err.actual.name if err.actual is not None else None,
+        "offset": getattr(err, "offset", None),
+        "aftermath": err.aftermath,
+        "recoverable": err.code != 20,
+        "hint": err.hint,
+    }
+
+
+def printable(text: str) -> str:
+    """Return text with control characters escaped: a stream must not drive the terminal."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def table(rows: Iterable[tuple[str, ...]], indent: str = "") -> str:
+    """Return rows in columns, the last one ragged."""
+    cells = [tuple(printable(cell) for cell in row) for row in rows]
+    if not cells:
+        return ""
+    widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
+    lines = (
+        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
+        for row in cells
+    )
+    return "\n".join(indent + line.rstrip() for line in lines)
