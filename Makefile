@@ -37,7 +37,7 @@ test-cdev: .venv/ready-test
 		-- $(KERNEL_TESTS)
 
 bench: .venv/ready-test
-	$(BIN)/python -m pytest benchmarks --benchmark-only -q
+	$(BIN)/python -m pytest benchmarks --benchmark-only -q --rootdir .
 
 .venv/ready: $(SOURCES)
 	tools/setup
