@@ -133,7 +133,9 @@ def test_a_process_that_is_gone_has_no_device(memfd: int) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_a_process_that_may_not_be_traced_says_what_right_it_takes(memfd: int) -> None:
     code = (
-        "import os, sys; from vfiomig import backends, errors; os.setuid(65534)\n"
+        # Everything imported first: the other user may not be able to read it.
+        "import ctypes, os, sys; from vfiomig import backends, errors, lending\n"
+        "from vfiomig.backends import kernel; os.setuid(65534)\n"
         "try: backends.open_device(sys.argv[1])\n"
         "except errors.AccessError as err: print(err.code, err.errno, err.hint)"
     )

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,7 +72,9 @@ class FileSink:
             raise
 
     def _create(self) -> OwnedFd:
-        partial = f".{self._path.name[:200]}.partial-{secrets.token_hex(4)}"
+        # A name has at most 255 bytes (NAME_MAX), and not as many characters.
+        start = os.fsdecode(os.fsencode(self._path.name)[:200])
+        partial = f".{start}.partial-{os.urandom(4).hex()}"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = OwnedFd(os.open(partial, flags, 0o600, dir_fd=self._directory.fileno()))
         self._partial = partial

@@ -1,14 +1,11 @@
 """Devices by name: the kernel's, the simulator's, and those that are borrowed."""
 
-import ctypes
 import errno
 import fcntl
 import os
 import re
 from pathlib import Path
 
-from vfiomig import lending, sysfs
-from vfiomig.backends import kernel
 from vfiomig.device import Device
 from vfiomig.errors import MigrationError, NoSuchDeviceError, UsageError, opening_failed
 from vfiomig.fd import OwnedFd
@@ -37,12 +34,17 @@ def open_device(name: str) -> Device:
     DeviceBusyError, AccessError, NotMigratableError, DeviceIOError, ResourceLimitError or
     PeerError; then nothing is left open.
     """
+    # Each kind is imported when it is asked for: start-up is most of what a short command takes.
     if name.startswith("sim:"):
-        # Real devices do not pay for the simulator at start-up.
         from vfiomig.backends import simulated
 
         return simulated.open_simulated(name)
-    return borrow(name) if is_borrowed(name) else kernel.open_kernel(sysfs.find(name))
+    if is_borrowed(name):
+        return borrow(name)
+    from vfiomig import sysfs
+    from vfiomig.backends import kernel
+
+    return kernel.open_kernel(sysfs.find(name))
 
 
 def is_borrowed(name: str) -> bool:
@@ -60,6 +62,9 @@ def borrow(name: str) -> Device:
 
     A PATH may hold a "#" only where #X follows. Raises as open_device() does.
     """
+    from vfiomig import lending
+    from vfiomig.backends import kernel
+
     if own := re.fullmatch(r"fd:([0-9]{1,9})", name):
         return kernel.device_from_fd(_duplicate(name, int(own[1])), name)
     if other := re.fullmatch(r"pid:([1-9][0-9]{0,8})/fd:([0-9]{1,9})", name):
@@ -99,6 +104,8 @@ def _copying_failed(name: str, err: OSError, missing: str) -> MigrationError:
 
 
 def _pidfd_getfd(pidfd: int, fd: int) -> int:
+    import ctypes
+
     syscall = ctypes.CDLL(None, use_errno=True).syscall
     syscall.restype = ctypes.c_long
     arguments = (ctypes.c_int(pidfd), ctypes.c_int(fd), ctypes.c_uint(0))
