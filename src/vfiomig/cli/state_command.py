@@ -9,12 +9,14 @@ examples:
 """
 
 import argparse
+from contextlib import closing
 
 from vfiomig.cli import arguments
 from vfiomig.cli.output import Output
 from vfiomig.cli.watch import Watch
 from vfiomig.errors import IllegalArcError, UsageError
 from vfiomig.uapi import DeviceState
+from vfiomig.worker import Cancellation, run_shielded
 
 
 def _state(text: str) -> DeviceState:
@@ -48,8 +50,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
                     actual=state,
                     hint="vfiomig reset drops it; --commit if the load is known to be whole",
                 )
-            with device.observed(watch):
-                device.set_state(args.set)
+            with device.observed(watch), closing(Cancellation()) as cancellation:
+                # A signal must not interrupt the state change itself.
+                run_shielded(lambda: device.set_state(args.set), cancellation)
             state = device.state()
         out.answer({"device": device.name, "state": state.name}, state.name)
     return 0
