@@ -66,6 +66,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             device.reset()
         with Watch(out) as watch:
             report = load(source, device, options, on_event=watch)
+            watch.finished(report.device_bytes)
     _keep_config(args.config_out, report, out)
     where = "standard input" if from_stdin else args.file
     out.result(

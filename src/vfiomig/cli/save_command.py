@@ -83,6 +83,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             return 0 if ready else 5
         with Watch(out) as watch:
             report = save(device, target, options, on_event=watch)
+            watch.finished(report.device_bytes)
     where = "standard output" if to_stdout else args.file
     out.result(
         {"file": where, **report.as_dict()},

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import TYPE_CHECKING, Self
 
 from vfiomig import quantities
@@ -47,7 +47,11 @@ class Watch:
             # An estimate that is passed is no estimate: show a bar without an end.
             total = event.expected_bytes if event.device_bytes <= event.expected_bytes else None
             self._bar.update(
-                self._task, completed=event.device_bytes, total=total, description=event.phase
+                self._task,
+                completed=event.device_bytes,
+                total=total,
+                description=event.phase,
+                rate=_rate(event.device_bytes, event.elapsed_ns),
             )
         elif self._out.json and self._due(_RECORD_NS):
             self._out.record("progress", _values(event))
@@ -71,6 +75,13 @@ class Watch:
             how = "reset" if event.by == "reset" else event.wanted.name
             self._out.note(f"{event.device}: {before} -> {how} {took}{failed}")
 
+    def finished(self, device_bytes: int) -> None:
+        """Show a full bar: all of the state has moved."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(
+                self._task, completed=device_bytes, total=device_bytes, description="done"
+            )
+
     def snapshot(self, _: int, __: FrameType | None) -> None:
         """Print where the work stands: SIGUSR1."""
         text = _sentence(self._last) if self._last is not None else "nothing copied yet"
@@ -85,14 +96,9 @@ class Watch:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, _: object, __: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGUSR1, self._before)
-        if self._bar is not None and self._task is not None:
-            if kind is None and self._last is not None:
-                done = self._bar.tasks[0].completed
-                self._bar.update(self._task, total=done, completed=done)
+        if self._bar is not None:
             self._bar.stop()
 
 
@@ -104,12 +110,16 @@ def _bar() -> "tuple[rich.progress.Progress, rich.progress.TaskID]":
         rich.progress.TextColumn("{task.description:>9}"),
         rich.progress.BarColumn(),
         rich.progress.DownloadColumn(binary_units=True),
-        rich.progress.TransferSpeedColumn(),
+        rich.progress.TextColumn("{task.fields[rate]}"),
         rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
         console=Console(stderr=True),
         transient=False,
     )
-    return bar, bar.add_task("", total=None)
+    return bar, bar.add_task("", total=None, rate="")
+
+
+def _rate(device_bytes: int, elapsed_ns: int) -> str:
+    return quantities.format_rate(device_bytes * 1_000_000_000 // max(elapsed_ns, 1))
 
 
 def _values(event: Progress) -> dict[str, object]:
