@@ -1,6 +1,7 @@
 """The state machine against the kernel's own answers (tests/data/fsm.json)."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,14 @@ def test_path_and_sessions_are_the_kernels(caps: dict[str, Any], start: str, tar
     assert steps is not None
     assert [start, *(step.name for step in steps)] == expected
     walked = [DeviceState[start], *steps]
-    pairs = list(zip(walked, walked[1:], strict=False))
+    pairs = list(pairwise(walked))
     gives = [to for at, to in pairs if states.starts_session(at, to)]
     kind = {"save": states.SAVING, "load": {DeviceState.RESUMING}, None: set[DeviceState]()}
     wanted = caps["data_fd"][start][target]
     assert all(to in kind[wanted] for to in gives)
     assert len(gives) == (wanted is not None)
-    assert any(states.ends_session(at, to) for at, to in pairs) == caps["ends_session"][start][target]
+    ends = any(states.ends_session(at, to) for at, to in pairs)
+    assert ends == caps["ends_session"][start][target]
 
 
 @pytest.mark.parametrize("caps", FSM["caps"].values(), ids=list(FSM["caps"]))

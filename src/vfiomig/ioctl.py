@@ -149,4 +149,7 @@ def get_device_fd(group_fd: int, name: str) -> int:
     name: PCI address with domain, or the UUID of a mediated device.
     """
     # A bytearray: for immutable bytes fcntl.ioctl returns the buffer and not the result.
-    return ioctl(group_fd, uapi.VFIO_GROUP_GET_DEVICE_FD, bytearray(name.encode() + b"\0"))
+    device_fd: int = ioctl(
+        group_fd, uapi.VFIO_GROUP_GET_DEVICE_FD, bytearray(name.encode() + b"\0")
+    )
+    return device_fd

@@ -13,9 +13,11 @@ from vfiomig.errors import (
     DeviceIOError,
     DeviceLostError,
     MigrationError,
+    OutOfSyncError,
     StreamError,
     StreamMismatchError,
 )
+from vfiomig.framing.manifest import Manifest
 from vfiomig.incoming import FrameInfo, Incoming, open_incoming
 from vfiomig.options import LoadOptions
 from vfiomig.recorder import Recorder
@@ -37,7 +39,8 @@ def load(
 
     source: a path, or a descriptor, a socket or an open file, which stay the caller's and are read
     to their end. What the device held is lost as soon as it enters RESUMING. The whole stream is
-    verified before RESUMING -> STOP, which commits it; whatever fails earlier ends in a reset.
+    verified before RESUMING -> STOP, which commits it; whatever fails earlier ends in a reset. What
+    fails later does not take the loaded state away, unless it takes a reset to leave it as asked.
     Blocks; may be called from any thread; on_event and exceptions as with save().
     Raises MigrationError: its actual and aftermath say what the device was left in.
     """
@@ -46,6 +49,34 @@ def load(
         stop = cancellation or own
         job = _Loading(stream, device, options, Recorder(device.name, on_event), stop)
         return run_shielded(job.run, stop)
+
+
+def check_identity(manifest: Manifest, stream: str, device: Device, options: LoadOptions) -> str:
+    """Raise StreamMismatchError when a stream is not of such a device. stream: its name.
+
+    Returns "", or a sentence when one of them does not say what it is.
+    """
+    if len(manifest.devices) != 1:
+        raise StreamMismatchError(
+            f"{stream} holds {len(manifest.devices)} devices, not one", device=device.name
+        )
+    theirs, mine = manifest.devices[0].identity, device.identity
+    if not (theirs.driver and mine.driver):
+        # fd:N and pid:PID/fd:N before Linux 7: fdinfo has no vfio-device-syspath there.
+        who = device.name if theirs.driver else stream
+        return f"{who} does not tell its driver: whether they fit is unchecked"
+    fields = [field for field in mine.differences(theirs) if field not in options.allow_mismatch]
+    if fields:
+        listed = ", ".join(
+            f"{field} {getattr(theirs, field)!r} is not {getattr(mine, field)!r}"
+            for field in fields
+        )
+        raise StreamMismatchError(
+            f"{stream} is of another device than {device.name}: {listed}",
+            device=device.name,
+            hint="if you know that it fits: --allow-mismatch " + ",".join(fields),
+        )
+    return ""
 
 
 class _Loading:
@@ -69,20 +100,24 @@ class _Loading:
     def run(self) -> TransferReport:
         with self._device.observed(self._recorder.observe):
             incoming = self._open()
-            self._check_identity(incoming)
+            if incoming.manifest is not None:  # QEMU's sections do not say what device they are of
+                self._check_identity(incoming.manifest)
             self._check_state()
             started_ns = time.monotonic_ns()
             try:
                 self._transfer(incoming)
                 self._cancellation.check()
                 with self._phase("commit", incoming):
-                    self._device.set_state(DeviceState.STOP)
+                    self._commit()
                 self._committed = True
+                self._recorder.check()
                 if self._options.after is DeviceState.RUNNING:
                     with self._phase("resume", incoming):
                         self._device.set_state(DeviceState.RUNNING)
+                    self._recorder.check()
             except BaseException as err:
                 self._roll_back(err)
+                self._recorder.note_on(err)
                 raise
             return self._report(incoming, time.monotonic_ns() - started_ns)
 
@@ -98,28 +133,10 @@ class _Loading:
             self._recorder.expected_bytes = incoming.manifest.devices[0].stop_copy_length or 0
         return incoming
 
-    def _check_identity(self, incoming: Incoming) -> None:
-        if incoming.manifest is None:  # QEMU's sections do not say what device they are of
-            return
-        if len(incoming.manifest.devices) != 1:
-            raise StreamMismatchError(
-                f"{self._stream.name} holds {len(incoming.manifest.devices)} devices, not one",
-                device=self._device.name,
-            )
-        theirs, mine = incoming.manifest.devices[0].identity, self._device.identity
-        fields = [
-            field for field in mine.differences(theirs) if field not in self._options.allow_mismatch
-        ]
-        if fields:
-            listed = ", ".join(
-                f"{field} {getattr(theirs, field)!r} is not {getattr(mine, field)!r}"
-                for field in fields
-            )
-            raise StreamMismatchError(
-                f"{self._stream.name} is of another device than {self._device.name}: {listed}",
-                device=self._device.name,
-                hint="if you know that it fits: --allow-mismatch " + ",".join(fields),
-            )
+    def _check_identity(self, manifest: Manifest) -> None:
+        doubt = check_identity(manifest, self._stream.name, self._device, self._options)
+        if doubt:
+            self._recorder.warn(doubt)
 
     def _check_state(self) -> None:
         state = self._device.state()
@@ -139,6 +156,7 @@ class _Loading:
             if channel is None:  # Device.set_state() promises one for this state
                 raise DeviceIOError(f"{self._device.name}: no data session", actual=None)
             self._data_fd = channel.fileno()
+            self._recorder.check()
             told = 0
 
             def tell(frame: FrameInfo) -> None:
@@ -153,6 +171,7 @@ class _Loading:
             try:
                 incoming.transfer(self._data_fd, tell)
             except OSError as err:
+                self._recorder.check()  # it may be what on_event raised
                 if self._reader.failed_fd == self._data_fd:
                     raise self._write_failed(channel, err) from err
                 raise self._stream_failed(err) from err
@@ -163,6 +182,20 @@ class _Loading:
                 raise self._write_failed(channel, cause) from cause
         if incoming.device_bytes == 0:
             self._recorder.warn("the stream holds no state at all: 0 bytes")
+
+    def _commit(self) -> None:
+        # After a reset by somebody else RUNNING -> STOP succeeds too, and loads nothing. Between
+        # this look and the SET a short window stays: the kernel has no means to close it.
+        actual = self._device.state()
+        if actual is not DeviceState.RESUMING:
+            raise OutOfSyncError(
+                f"{self._device.name}: out of sync: somebody else reset it before the commit",
+                device=self._device.name,
+                errno=errno.EBADF,
+                wanted=DeviceState.STOP,
+                actual=actual,
+            )
+        self._device.set_state(DeviceState.STOP)
 
     def _write_failed(self, channel: DataChannel, err: OSError) -> MigrationError:
         cause = channel.failure() or err
@@ -184,9 +217,11 @@ class _Loading:
 
     def _roll_back(self, err: BaseException) -> None:
         """Reset what is half loaded; say on err what became of the device."""
-        device, reached = self._device, DeviceState.RUNNING
+        device, reached, held = self._device, DeviceState.RUNNING, "what it held before"
         try:
-            if self._data_fd != -1 and not self._committed:
+            if self._committed:
+                reached, held = device.recover(self._options.after), "what was loaded"
+            elif self._data_fd != -1:
                 device.reset()
             else:
                 reached = device.recover(DeviceState.RUNNING)
@@ -194,7 +229,7 @@ class _Loading:
             raise lost from err
         if isinstance(err, MigrationError):
             err.actual, err.phase = reached, err.phase or "load"
-            err.aftermath = f"{device.name} is {reached.name} with what it held before"
+            err.aftermath = f"{device.name} is {reached.name} with {held}"
             if self._recorder.was_reset:
                 err.aftermath = f"{device.name} was reset and is {reached.name}; nothing is loaded"
 

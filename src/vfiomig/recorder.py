@@ -22,6 +22,7 @@ class Recorder:
         self.phases: list[Phase] = []
         self.warnings: list[str] = []
         self._told_ns = 0
+        self._raised: BaseException | None = None
 
     @property
     def duration_ns(self) -> int:
@@ -34,16 +35,34 @@ class Recorder:
         return any(change.by == "reset" for change in self.state_changes)
 
     def observe(self, event: Event) -> None:
-        """Take an event; an exception of the caller's on_event goes to the work, and ends it."""
+        """Take an event. What the caller's on_event raises waits for check().
+
+        It must tear neither a state change from what belongs to it, nor a roll-back. Whoever has
+        raised is told no more.
+        """
         if isinstance(event, StateChange):
             self.state_changes.append(event)
-        if self._on_event is not None:
-            self._on_event(event)
+        if self._on_event is not None and self._raised is None:
+            try:
+                self._on_event(event)
+            except BaseException as err:  # noqa: BLE001  raised by check(), or noted by note_on()
+                self._raised = err
+
+    def check(self) -> None:
+        """Raise what on_event raised: it ends the work."""
+        if self._raised is not None:
+            raise self._raised
+
+    def note_on(self, err: BaseException) -> None:
+        """Say on the error that is reported what on_event raised besides."""
+        if self._raised is not None and self._raised is not err:
+            err.add_note(f"on_event raised as well: {self._raised!r}")
 
     def warn(self, text: str) -> None:
         """Note something that does not stop the work."""
         self.warnings.append(text)
         self.observe(WarningEvent(self._device, text))
+        self.check()
 
     @contextmanager
     def phase(self, name: str, device_bytes: Callable[[], int]) -> Iterator[None]:
@@ -61,8 +80,10 @@ class Recorder:
         self._told_ns = now_ns
         elapsed_ns = now_ns - self.started_ns
         event = Progress(self._device, phase, device_bytes, self.expected_bytes, elapsed_ns)
-        self._on_event(event)
+        self.observe(event)
+        self.check()
 
     def chunk(self, device_offset: int, length_bytes: int) -> None:
         """Tell one chunk, for callers who asked for chunk events."""
         self.observe(Chunk(self._device, device_offset, length_bytes, time.monotonic_ns()))
+        self.check()

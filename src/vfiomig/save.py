@@ -85,6 +85,7 @@ class _Saving:
                 return self._finish()
             except BaseException as err:
                 self._roll_back(err)
+                self._recorder.note_on(err)
                 raise
 
     def _check_state(self) -> DeviceState:
@@ -133,6 +134,7 @@ class _Saving:
             self._stop_copy(channel)
 
     def _channel(self, channel: DataChannel | None) -> DataChannel:
+        self._recorder.check()
         self._cancellation.check()
         if channel is None:  # Device.set_state() promises one for these states
             raise DeviceIOError(f"{self._device.name}: no data session", device=self._device.name)
@@ -140,7 +142,7 @@ class _Saving:
 
     def _pre_copy(self, channel: DataChannel, limits: PreCopyLimits) -> None:
         ends_ns = time.monotonic_ns() + limits.duration_ns
-        left_bytes = limits.device_bytes
+        left_bytes = min(limits.device_bytes, self._options.max_state_bytes + 1)
         for _ in range(limits.rounds):
             try:
                 info = channel.precopy_info()
@@ -260,6 +262,7 @@ class _Saving:
     def _resume(self, target: DeviceState) -> None:
         with self._phase("resume" if target is DeviceState.RUNNING else "stop"):
             self._device.set_state(target)
+            self._recorder.check()
         if target is DeviceState.RUNNING:
             self._stopped_ns = time.monotonic_ns() - self._stopping_ns
 

@@ -126,7 +126,14 @@ def open_ops(host: HostDevice, *, dev_root: Path = Path("/dev")) -> KernelOps:
         has_group = host.iommu_group and os.path.exists(dev_root / "vfio" / host.iommu_group)
         if not (has_group and err.phase == _BIND and err.errno in _NOT_BY_CDEV):
             raise
-    return _open_by_group(host, dev_root)
+        refused = err
+    try:
+        return _open_by_group(host, dev_root)
+    except DeviceBusyError as err:
+        # A bound cdev answers EINVAL to a second BIND, and its group EBUSY: the cdev is open.
+        if (refused.errno, err.errno) != (errno.EINVAL, errno.EBUSY):
+            raise
+        raise refused from err
 
 
 def device_from_fd(device_fd: int, name: str, identity: Identity | None = None) -> Device:

@@ -28,7 +28,7 @@ class Identity:
     subsystem_device_id: str = ""
 
     def differences(self, other: "Identity") -> list[str]:
-        """Return the names of the fields in which both say something, and not the same."""
+        """Return the names of the fields that are not the same."""
         mine, theirs = asdict(self), asdict(other)
         return [field for field in mine if mine[field] != theirs[field]]
 
@@ -73,6 +73,8 @@ def decode(data: bytes, offset: int) -> Manifest:
             parse_constant=_no_number,
         )
         _check_depth(plain, MAX_DEPTH)
+        # Half a surrogate pair is no text: it could not even be printed. UnicodeEncodeError.
+        json.dumps(plain, ensure_ascii=False).encode()
         devices = tuple(_entry(entry) for entry in _of(plain, "devices", list))
         return Manifest(_of(plain, "created", str), _of(plain, "tool", str), devices)
     except (ValueError, RecursionError) as err:
@@ -98,11 +100,11 @@ def _no_number(text: str) -> Any:  # noqa: ANN401  the signature json.loads asks
 
 
 def _check_depth(value: object, depth: int) -> None:
-    if depth == 0:
-        raise ValueError(f"nested more than {MAX_DEPTH} deep")
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
+        if depth == 0:
+            raise ValueError(f"nested more than {MAX_DEPTH} deep")
         for item in value:
             _check_depth(item, depth - 1)
 
@@ -118,9 +120,11 @@ def _entry(plain: object) -> DeviceEntry:
     identity = _of(plain, "identity", dict)
     fields = [str(_of(identity, name, str)) for name in Identity.__slots__]
     length = plain.get("stop_copy_length") if isinstance(plain, dict) else None
-    if length is not None and not isinstance(length, int):
+    if length is not None and type(length) is not int:  # bool is an int
         raise ValueError("stop_copy_length is no whole number")
-    names = tuple(str(name) for name in _of(plain, "capabilities", list))
-    return DeviceEntry(
-        _of(plain, "name", str), Identity(*fields), names, length, _of(plain, "protocol", str)
-    )
+    names = tuple(_of(plain, "capabilities", list))
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("a capability is no text")
+    if _of(plain, "protocol", str) != "v2":
+        raise ValueError("the protocol is not v2")
+    return DeviceEntry(_of(plain, "name", str), Identity(*fields), names, length)
