@@ -35,6 +35,10 @@ cdef extern from *:
         struct stat st;
         return fstat(fd, &st) == 0 && !S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode);
     }
+    static int is_blocking(int fd) {
+        int flags = fcntl(fd, F_GETFL);
+        return flags >= 0 && !(flags & O_NONBLOCK);
+    }
     static uint64_t monotonic_ns(void) {
         struct timespec now;
         clock_gettime(CLOCK_MONOTONIC, &now);
@@ -68,6 +72,7 @@ cdef extern from *:
     int posix_memalign(void **, size_t, size_t) nogil
     int is_socket(int) nogil
     int may_block(int) nogil
+    int is_blocking(int) nogil
     uint64_t monotonic_ns() nogil
 
 cdef extern from "Python.h":
@@ -156,6 +161,8 @@ cdef class Template:
                 raise ValueError(f"no room for a number at {at}")
         if kind_at >= len(head) or kind_at < -1:
             raise ValueError(f"no byte at {kind_at}")
+        if not -1 <= zeros_kind <= 255 or zeros_kind >= 0 > kind_at:
+            raise ValueError(f"no byte for the kind {zeros_kind}")
         memcpy(self.head, <char *>head, len(head))
         memcpy(self.tail, <char *>tail, len(tail))
         self.head_bytes, self.tail_bytes, self.align = len(head), len(tail), align
@@ -173,20 +180,22 @@ cdef int _cancelled(int wake_fd) noexcept nogil:
     return poll(&waiter, 1, 0) > 0
 
 
-cdef int _wait(int fd, short events, int wake_fd) noexcept nogil:
-    """Wait until fd is ready: 0, or ECANCELED once wake_fd is readable, or poll's errno."""
-    cdef pollfd[2] waiters
-    waiters[0].fd, waiters[0].events, waiters[0].revents = fd, events, 0
-    waiters[1].fd, waiters[1].events, waiters[1].revents = wake_fd, POLLIN, 0
-    if poll(waiters, 2, -1) < 0:
-        return 0 if errno == EINTR else errno
-    return ECANCELED if waiters[1].revents else 0
-
-
 cdef int _interrupted() except -1 nogil:
     with gil:
         PyErr_CheckSignals()  # PEP 475: run handlers, so that Ctrl-C stops a 100 GiB copy
     return 0
+
+
+cdef int _wait(int fd, short events, int wake_fd) except -1 nogil:
+    """Wait until fd is ready: 0, or ECANCELED once wake_fd is readable, or poll's errno."""
+    cdef pollfd[2] waiters
+    waiters[0].fd, waiters[0].events, waiters[0].revents = fd, events, 0
+    waiters[1].fd, waiters[1].events, waiters[1].revents = wake_fd, POLLIN, 0
+    while poll(waiters, 2, -1) < 0:
+        if errno != EINTR:
+            return errno
+        _interrupted()
+    return ECANCELED if waiters[1].revents else 0
 
 
 @cython.final
@@ -247,11 +256,14 @@ cdef class FrameWriter:
 
         Returns END_OF_STREAM (a read of 0), DRAINED (ENOMSG), LIMIT_REACHED, or DEADLINE_REACHED
         (CLOCK_MONOTONIC; 0: none). With splicing and no digest, splices until src or sink says
-        EINVAL, then reads. A read that is interrupted is an error and not repeated: some drivers
-        have lost bytes by then. Raises OSError; ECANCELED between chunks once wake_fd is readable.
+        EINVAL, then reads; never into a blocking socket. A read that is interrupted is an error
+        and not repeated: some drivers have lost bytes by then. Raises OSError; ECANCELED between
+        chunks once wake_fd is readable.
         """
         cdef int outcome
         cdef bint may_splice = splicing and digest is None and template.checksum_at < 0
+        if self.to_socket and is_blocking(self.out_fd):
+            may_splice = False  # splice has no MSG_DONTWAIT: a stalled peer would make it deaf
         if may_splice and self.pipe_bytes == 0:
             self._open_pipe()
         with nogil:
@@ -479,7 +491,8 @@ cdef class StreamReader:
         """Write the next count bytes to dst; -1: to nowhere. Returns how many there were.
 
         Fewer only at the end of the stream. A write that fails or is interrupted is not repeated;
-        a short one goes on. Raises OSError; ECANCELED between writes when woken.
+        a short one goes on. Raises OSError; ECANCELED between writes when woken. offset then stands
+        at the piece that failed, which the digest does not count.
         """
         cdef uint64_t left = count
         cdef size_t piece
@@ -490,9 +503,9 @@ cdef class StreamReader:
                     if self.ended and self.start == self.end:
                         break
                 piece = min(left, self.end - self.start)
+                self._write_all(dst, self.buffer + self.start, piece)
                 if digest is not None:
                     XXH3_64bits_update(digest.state, self.buffer + self.start, piece)
-                self._write_all(dst, self.buffer + self.start, piece)
                 self.start += piece
                 self.offset += piece
                 left -= piece

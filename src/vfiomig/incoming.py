@@ -5,12 +5,12 @@ StreamError with its offset; nothing is allocated by a number that a stream says
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
 from vfiomig._fastcopy import Digest, StreamReader, xxh3_64
-from vfiomig.errors import StreamError, StreamMismatchError
+from vfiomig.errors import StreamError, StreamMismatchError, UsageError
 from vfiomig.framing import manifest, native, qemu
 from vfiomig.framing.native import FrameFlag, FrameHeader, FrameKind
 from vfiomig.framing.qemu import Section, SectionKind, Tag
@@ -21,13 +21,17 @@ _SLICE_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class FrameInfo:
-    """One frame, section or record as it stands in the stream. offset: of its header."""
+    """One frame, section or record as it stands in the stream. offset: of its header.
+
+    whole: False while its payload is still on its way, and not yet known to be sound.
+    """
 
     kind: str
     offset: int
     length_bytes: int
     device: int = 0
     detail: str = ""
+    whole: bool = True
 
 
 OnFrame = Callable[[FrameInfo], None]
@@ -92,7 +96,9 @@ class _Checked:
         self.frames, self.device_bytes, self.config = 0, 0, b""
 
     def _exactly(self, count: int, what: str) -> bytes:
-        data = self._reader.take(count)
+        data = b""
+        while piece := self._reader.take(min(count - len(data), self._reader.buffer_bytes)):
+            data += piece
         if len(data) < count:
             raise StreamError(f"the stream ends inside {what}", offset=self._reader.offset)
         return data
@@ -147,10 +153,11 @@ class NativeIncoming(_Checked):
         if header.kind is not FrameKind.MANIFEST:
             raise StreamError(f"{header.kind.name} where the manifest belongs", offset=offset)
         self.manifest = manifest.decode(self._payload(header), reader.offset)
-        self._digests = [Digest() for _ in self.manifest.devices[: native.MAX_DEVICES]]
-        self._bytes = [0 for _ in self._digests]
-        if not self._digests:
-            raise StreamError("the manifest names no device", offset=offset)
+        count = len(self.manifest.devices)
+        if not 0 < count <= native.MAX_DEVICES:
+            raise StreamError(f"the manifest names {count} devices", offset=offset)
+        self._digests = [Digest() for _ in range(count)]
+        self._bytes = [0] * count
 
     @property
     def digest(self) -> int:
@@ -165,18 +172,19 @@ class NativeIncoming(_Checked):
             info = FrameInfo(
                 header.kind.name, offset, header.length, header.device, _flag_names(header.flags)
             )
-            tell = partial(on_frame or _nothing, info)
+            tell = on_frame or _nothing
             if header.kind in native.DEVICE_KINDS:
-                self._device_frame(data_fd, header, offset, tell)
+                on_its_way = partial(tell, replace(info, whole=False))
+                self._device_frame(data_fd, header, offset, on_its_way)
             elif header.kind is FrameKind.CONFIG:
                 self._config_frame(header, offset)
             elif header.kind is FrameKind.TRAILER:
                 self._trailer(header)
-                tell()
+                tell(info)
                 return self._end()
             else:
                 raise StreamError(f"a second {header.kind.name}", offset=offset)
-            tell()
+            tell(info)
 
     def _header(self) -> FrameHeader:
         offset = self._reader.offset
@@ -219,14 +227,35 @@ class NativeIncoming(_Checked):
             self._reader.zeros(data_fd, header.length, digest)
             self.device_bytes += header.length
         else:
-            self._forward(data_fd, header.length, digest, tell)
+            try:
+                self._forward(data_fd, header.length, digest, tell)
+            except OSError as err:
+                if self._reader.failed_fd != data_fd:
+                    raise
+                self._check_refused(header, offset, digest, err)
+                raise
         self._bytes[header.device] += header.length
+        self._check_digest(header, offset, digest)
+        self._pad(header.payload_bytes)
+
+    def _check_digest(self, header: FrameHeader, offset: int, digest: Digest) -> None:
         if digest.value != header.checksum:
             raise StreamError(
                 f"the state in frame {header.sequence} is damaged, {header.length} bytes of it",
                 offset=offset + self._align,
             )
-        self._pad(header.payload_bytes)
+
+    def _check_refused(
+        self, header: FrameHeader, offset: int, digest: Digest, refusal: OSError
+    ) -> None:
+        """Raise StreamError when what the device refused was damaged on the way to it."""
+        left = offset + self._align + header.length - self._reader.offset
+        try:
+            if self._reader.forward(-1, left, digest) < left:
+                raise StreamError("the stream ends inside a frame", offset=self._reader.offset)
+            self._check_digest(header, offset, digest)
+        except StreamError as damage:
+            raise damage from refusal
 
     def _config_frame(self, header: FrameHeader, offset: int) -> None:
         if len(self.config) + header.length > native.MAX_CONFIG_BYTES:
@@ -261,7 +290,7 @@ class QemuIncoming(_Checked):
         name = self._exactly(head[5], "a section header")
         try:
             self.section = Section(int.from_bytes(head[1:5], "big"), name.decode())
-        except (UnicodeDecodeError, ValueError) as err:
+        except (UnicodeDecodeError, UsageError) as err:
             raise StreamMismatchError("this is no section of a VFIO device") from err
         if self.section.idstr != "vfio" and not self.section.idstr.endswith("/vfio"):
             raise StreamMismatchError(
@@ -312,7 +341,8 @@ class QemuIncoming(_Checked):
         length = int.from_bytes(self._exactly(8, "the length of a DATA record"), "big")
         self._check_total(length, offset + 8)
         info = FrameInfo("DATA", offset, length)
-        self._forward(data_fd, length, self._digest, partial(tell, info))
+        on_its_way = partial(tell, replace(info, whole=False))
+        self._forward(data_fd, length, self._digest, on_its_way)
         self.frames += 1
         tell(info)
 
@@ -338,7 +368,7 @@ class QemuIncoming(_Checked):
         data = b""
         while piece := self._reader.take(min(64 << 10, self._reader.buffer_bytes)):
             data += piece
-            if len(data) > qemu.MAX_CONFIG_BYTES:
+            if len(data) > qemu.MAX_CONFIG_BYTES + len(closing):
                 raise StreamError("the config blob is too large", offset=offset)
         if not data.endswith(closing):
             raise StreamError(

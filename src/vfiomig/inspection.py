@@ -103,8 +103,8 @@ class _Inspecting:
 
     def _frame(self, frame: FrameInfo) -> None:
         self._cancellation.check()
-        if self._reader.offset <= frame.offset + frame.length_bytes and frame.kind == "DATA":
-            return  # one slice of a long record
+        if not frame.whole:
+            return
         self._sound_bytes = self._reader.offset
         self._pre_copy_bytes += frame.length_bytes * ("PRE_COPY" in frame.detail)
         self._zero_bytes += frame.length_bytes * (frame.kind == "ZEROS")
@@ -155,11 +155,12 @@ def diff(one: Target, other: Target) -> Difference:
     """
     with ExitStack() as stack:
         readers = [_Piped(stack, target) for target in (one, other)]
-        try:
-            first = _first_difference(readers[0].fileno(), readers[1].fileno())
-        finally:
+        with ExitStack() as threads:
+            # Only now: what fails above closes descriptors, and no thread may use them any more.
             for reader in readers:
-                reader.join()
+                reader.start()
+                threads.callback(reader.join)
+            first = _first_difference(readers[0].fileno(), readers[1].fileno())
         results = [reader.result() for reader in readers]
     lengths = (results[0].device_bytes, results[1].device_bytes)
     digests = (f"{results[0].digest:016x}", f"{results[1].digest:016x}")
@@ -172,13 +173,21 @@ class _Piped:
     def __init__(self, stack: ExitStack, target: Target) -> None:
         stream = stack.enter_context(open_source(target))
         self._reader = StreamReader(stream.fileno(), DEFAULT_BUFFER_BYTES)
-        self._incoming = open_incoming(self._reader, DEFAULT_MAX_STATE_BYTES)
+        try:
+            self._incoming = open_incoming(self._reader, DEFAULT_MAX_STATE_BYTES)
+        except OSError as err:
+            raise stream.failed(err) from err
+        except (StreamError, StreamMismatchError) as err:
+            err.name_stream(stream.name)
+            raise
         read_fd, write_fd = os.pipe()
         self._read = stack.enter_context(OwnedFd(read_fd))
         self._write = stack.enter_context(OwnedFd(write_fd))
         self._stream = stream
         self._error: MigrationError | None = None
         self._thread = threading.Thread(target=self._run, name="vfiomig-diff")
+
+    def start(self) -> None:
         self._thread.start()
 
     def _run(self) -> None:

@@ -60,17 +60,25 @@ def run_shielded(job: Callable[[], T], cancellation: Cancellation) -> T:
     """
     outcome: list[T] = []
     failure: list[BaseException] = []
+    done = threading.Event()
 
     def work() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             outcome.append(job())
         except BaseException as err:  # noqa: BLE001  handed to the caller, who raises it
             failure.append(err)
+        finally:
+            done.set()
 
     thread = threading.Thread(target=work, name="vfiomig")
-    thread.start()
-    interrupted = _join(thread, cancellation)
+    # The thread inherits the mask; and a handler's exception cannot part start() from the wait.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        thread.start()
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        raise
+    interrupted = _wait(thread, done, mask, cancellation)
     if interrupted is not None and not outcome:
         raise interrupted from (failure[0] if failure else None)
     if failure:
@@ -80,13 +88,27 @@ def run_shielded(job: Callable[[], T], cancellation: Cancellation) -> T:
     return outcome[0]
 
 
-def _join(thread: threading.Thread, cancellation: Cancellation) -> BaseException | None:
+def _wait(
+    thread: threading.Thread,
+    done: threading.Event,
+    mask: set[int | signal.Signals],
+    cancellation: Cancellation,
+) -> BaseException | None:
+    """Wait for the job with mask as it was; once interrupted, with all signals blocked."""
     first: BaseException | None = None
     while True:
         try:
+            if first is None:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            # Not join() alone: interrupted once, Python 3.11's takes a running thread for ended.
+            done.wait()
             thread.join()
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         except BaseException as err:  # noqa: BLE001  raised again once the roll-back is done
-            first = first or err
-            cancellation.cancel()
+            # Before all else: one more signal here would tear us from the roll-back.
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            if first is None:
+                first = err
+                cancellation.cancel()
         else:
             return first

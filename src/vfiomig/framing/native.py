@@ -140,9 +140,12 @@ def decode_header(data: bytes, offset: int, sequence: int, chain: int) -> FrameH
     if kind not in list(FrameKind):
         raise StreamError(f"unknown kind of frame {kind}", offset=offset + 4)
     kind = FrameKind(kind)
-    allowed = FrameFlag.PRE_COPY | FrameFlag.CONTINUED if kind in DEVICE_KINDS else FrameFlag(0)
+    # A plain integer: ~ of an IntFlag knows only the bits that have names.
+    allowed = int(FrameFlag.PRE_COPY | FrameFlag.CONTINUED) if kind in DEVICE_KINDS else 0
     if flags & ~allowed or any(reserved):
         raise StreamError("reserved bits are set", offset=offset + 5)
+    if device and kind not in DEVICE_KINDS:
+        raise StreamError(f"a {kind.name} frame of device {device}", offset=offset + 6)
     if length > _MAX_PAYLOAD[kind] or length == 0:
         raise StreamError(f"a {kind.name} frame of {length} bytes", offset=offset + 16)
     return FrameHeader(kind, FrameFlag(flags), device, number, length, checksum)
