@@ -297,3 +297,14 @@ def test_a_number_that_is_no_descriptor_is_said_to_be_so() -> None:
     for use in (open_sink, open_source):
         with pytest.raises(LocalIOError, match="descriptor 99999: Bad file"), use(99_999):
             pass
+
+
+def test_a_directory_that_anybody_may_write_to_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    with pytest.raises(LocalIOError, match="anybody"), open_sink(tmp_path / "state"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    tmp_path.chmod(0o1777)
+    with open_sink(tmp_path / "state") as sink:
+        sink.commit()
+    assert (tmp_path / "state").exists()

@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from vfiomig._fastcopy import Digest, FrameWriter, Template
+from vfiomig.errors import UsageError
 from vfiomig.framing import native, qemu
 from vfiomig.framing.manifest import Manifest
 from vfiomig.framing.native import FrameKind
@@ -42,9 +43,15 @@ class NativeOutgoing:
 
     def begin(self) -> None:
         """Write the prologue and the manifest."""
+        manifest = self._manifest.encode()
+        if len(manifest) > self._writer.buffer_bytes:
+            raise UsageError(
+                f"a manifest of {len(manifest)} bytes does not fit into a buffer of"
+                f" {self._writer.buffer_bytes}"
+            )
         prologue, self._writer.chain = native.encode_prologue(self._align)
         self._writer.put(prologue)
-        self._put(FrameKind.MANIFEST, self._manifest.encode())
+        self._put(FrameKind.MANIFEST, manifest)
 
     def drained(self) -> None:
         """Write nothing."""

@@ -66,10 +66,20 @@ class FileSink:
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
         self._directory = OwnedFd(os.open(path.parent, flags))
         try:
+            self._refuse_open_directory()
             self._fd = self._create()
         except BaseException:
             self._directory.close()
             raise
+
+    def _refuse_open_directory(self) -> None:
+        mode = os.fstat(self._directory.fileno()).st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise LocalIOError(
+                f"cannot write {self.name}: anybody may replace files in its directory",
+                errno=errno.EPERM,
+                hint="choose another directory, or take the right to write from others (chmod o-w)",
+            )
 
     def _create(self) -> OwnedFd:
         # A name has at most 255 bytes (NAME_MAX), and not as many characters.
@@ -95,10 +105,14 @@ class FileSink:
         try:
             os.fsync(self._fd.fileno())
             self._give_name(directory_fd)
+        except OSError as err:
+            raise _local(f"cannot finish {self.name}", err) from err
+        try:
             with OwnedFd(os.open(".", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory_fd)) as parent:
                 os.fsync(parent.fileno())
         except OSError as err:
-            raise _local(f"cannot finish {self.name}", err) from err
+            what = f"{self.name} is whole, but its directory cannot be synced"
+            raise _local(what, err) from err
 
     def _give_name(self, directory_fd: int) -> None:
         partial, name = str(self._partial), self._path.name
@@ -223,7 +237,7 @@ def _described(fd: int, *, writing: bool) -> Stream:
 def _open_path_sink(path: Path, *, force: bool) -> Stream:
     try:
         mode = os.lstat(path).st_mode
-        if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+        if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
             fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
             return OwnedStream(fd, str(path), writing=True)
         if stat.S_ISDIR(mode):

@@ -119,9 +119,9 @@ def _of(plain: object, name: str, kind: type) -> Any:  # noqa: ANN401  JSON, che
 def _entry(plain: object) -> DeviceEntry:
     identity = _of(plain, "identity", dict)
     fields = [str(_of(identity, name, str)) for name in Identity.__slots__]
-    length = plain.get("stop_copy_length") if isinstance(plain, dict) else None
+    length = plain.get("stop_copy_length", "") if isinstance(plain, dict) else ""
     if length is not None and type(length) is not int:  # bool is an int
-        raise ValueError("stop_copy_length is no whole number")
+        raise ValueError("stop_copy_length is neither null nor a whole number")
     names = tuple(_of(plain, "capabilities", list))
     if not all(isinstance(name, str) for name in names):
         raise ValueError("a capability is no text")
