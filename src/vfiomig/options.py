@@ -27,8 +27,12 @@ class QemuFraming:
 
     def section(self, device: str) -> qemu.Section:
         """Return the section for a device of this name. Raises UsageError."""
-        name = f"{device}/vfio" if _PCI_ADDRESS.fullmatch(device) else "vfio"
-        return qemu.Section(self.section_id, name if self.idstr is None else self.idstr)
+        name = self.idstr
+        if name is None:
+            name = f"{device}/vfio" if _PCI_ADDRESS.fullmatch(device) else "vfio"
+        if not name.isprintable():  # lone surrogates, of argv, are among what is not
+            raise UsageError(f"an idstr cannot contain what is not printable: {name!a}")
+        return qemu.Section(self.section_id, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,8 @@ class SaveOptions:
         _check_common(self.after, self.buffer_bytes)
         if self.framing == "native" and not self.digest:
             raise UsageError("native framing always carries its digest")
+        if isinstance(self.framing, QemuFraming):
+            self.framing.section(name)
         limit = native.MAX_CONFIG_BYTES if self.framing == "native" else qemu.MAX_CONFIG_BYTES
         if len(self.config) > limit:
             raise UsageError(f"a config blob of {len(self.config)} bytes: at most {limit}")

@@ -2,15 +2,18 @@
 
 import argparse
 import importlib
+import io
 import os
+import re
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
 from vfiomig._version import __version__
-from vfiomig.cli.output import Output
-from vfiomig.errors import MigrationError, UsageError
+from vfiomig.cli.output import Output, stopped_by
+from vfiomig.errors import LocalIOError, MigrationError, UsageError
 
 # A module for each, imported only when its command runs.
 COMMANDS = {
@@ -47,6 +50,9 @@ exit codes:
 """
 
 
+_JSON_WORD = re.compile(r"--json|--pretty|-[qv]*[jp][jpqv]*")
+
+
 class _Parser(argparse.ArgumentParser):
     """Raises UsageError, so that --json holds for usage errors too."""
 
@@ -54,8 +60,8 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message, hint=f"{self.prog} --help")
 
 
-class _Terminated(BaseException):
-    """SIGTERM or SIGHUP: rolls back like Ctrl-C."""
+class _Stopped(BaseException):
+    """The first SIGINT, SIGTERM or SIGHUP: cancels, and rolls back."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -65,31 +71,80 @@ class _Terminated(BaseException):
 def main(argv: list[str] | None = None) -> int:
     """Run the command with argv (sys.argv without it). Returns the exit code; never raises."""
     words = sys.argv[1:] if argv is None else argv
-    out = Output(json="--json" in words or "-j" in words)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _terminate)
+    _fill_standard_descriptors()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name need not fit into the terminal's encoding
+            stream.reconfigure(errors="backslashreplace")
+    out = Output(json=_wants_json(words))
+    _take_signals()
     try:
         code = _run(words, out)
         sys.stdout.flush()
         return code
     except MigrationError as err:
-        out.error(err)
-        return err.code
-    except KeyboardInterrupt as err:
-        return out.interrupted(err, signal.SIGINT)
-    except _Terminated as err:
-        return out.interrupted(err, err.number)
+        return _told(out, err)
+    except _Stopped as err:
+        return _told(out, stopped_by(err.number, err))
+    except SystemExit as err:  # argparse's, of --help
+        return int(err.code or 0)
     except BrokenPipeError:
-        # The reader of our words has gone: nobody is left to tell. Spare Python's own last flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _spare_the_last_flush()  # the reader of our words has gone: nobody is left to tell
         return 128 + signal.SIGPIPE
     except OSError as err:
-        out.error(MigrationError(f"{err.filename or 'I/O'}: {err.strerror}", errno=err.errno))
-        return 10
+        failed = LocalIOError(f"{err.filename or 'I/O'}: {err.strerror}", errno=err.errno)
+        return _told(out, failed)
 
 
-def _terminate(number: int, _: FrameType | None) -> None:
-    raise _Terminated(number)
+def _told(out: Output, err: MigrationError) -> int:
+    """Say what failed, on stderr if standard output is what fails. Returns the exit code."""
+    try:
+        out.error(err)
+        sys.stdout.flush()
+    except OSError:
+        _spare_the_last_flush()
+        with suppress(OSError):
+            Output(json=False).error(err)
+    return err.code
+
+
+def _spare_the_last_flush() -> None:
+    """Let Python's own flush at the end succeed: what could not be written has been told."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fill_standard_descriptors() -> None:
+    """Take the numbers of standard streams that are closed: no file of ours must come to bear them.
+
+    Reading the one and writing the other then fails, as it should (EBADF); errors go nowhere.
+    """
+    for fd, flags in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, flags)  # gets the lowest free number, which is this one
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _wants_json(words: list[str]) -> bool:
+    """Whether errors are to be JSON, before the options are parsed: that may be what fails."""
+    asked = any(os.environ.get(name) == "1" for name in ("VFIOMIG_JSON", "VFIOMIG_PRETTY"))
+    return asked or any(_JSON_WORD.fullmatch(word) for word in words)
+
+
+def _take_signals() -> None:
+    """Let the first signal end the work; later ones must tear neither its roll-back nor the end."""
+    stopping: list[int] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        if not stopping:
+            stopping.append(number)
+            raise _Stopped(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, stop)
 
 
 def _run(words: list[str], out: Output) -> int:
@@ -157,4 +212,9 @@ def _from_environment(parser: argparse.ArgumentParser) -> None:
         flag = action.nargs == 0
         if flag and text not in ("0", "1"):
             raise UsageError(f"VFIOMIG_{action.dest.upper()} is {text!r}, and must be 0 or 1")
+        if action.choices is not None and text not in action.choices:
+            # argparse does not look at the choices of a default.
+            known = " or ".join(map(str, action.choices))
+            raise UsageError(f"VFIOMIG_{action.dest.upper()} is {text!r}, and must be {known}")
+        action.required = False
         parser.set_defaults(**{action.dest: text == "1" if flag else text})

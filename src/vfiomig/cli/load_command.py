@@ -12,18 +12,19 @@ examples:
 import argparse
 import dataclasses
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from vfiomig.cli import arguments
 from vfiomig.cli.output import Output
 from vfiomig.cli.transfer_text import transfer_text
 from vfiomig.cli.watch import Watch
+from vfiomig.device import Device
 from vfiomig.errors import StreamError, UsageError
 from vfiomig.inspection import inspect
-from vfiomig.load import load
+from vfiomig.load import check_identity, load
 from vfiomig.options import LoadOptions
-from vfiomig.report import TransferReport
-from vfiomig.transport import open_sink
+from vfiomig.transport import Stream, open_sink
 from vfiomig.uapi import DeviceState
 
 
@@ -56,18 +57,19 @@ def run(args: argparse.Namespace, out: Output) -> int:
     options = _options(args)
     options.check()
     source = sys.stdin.fileno() if from_stdin else args.file
-    with arguments.opened(args.device, out) as device:
+    with arguments.opened(args.device, out) as device, ExitStack() as stack:
         if args.dry_run:
             if from_stdin:
                 raise UsageError("--dry-run reads the file twice: name one")
-            return _dry_run(args, out, device.name, device.state())
+            return _dry_run(args, out, device, options)
+        # Opened first: what is loaded cannot be taken back for a name that exists.
+        config = stack.enter_context(open_sink(args.config_out)) if args.config_out else None
         if args.force_reset and device.state() is not DeviceState.RUNNING:
             out.note(f"{device.name} is in {device.state().name}: resetting it")
             device.reset()
         with Watch(out) as watch:
             report = load(source, device, options, on_event=watch)
-            watch.finished(report.device_bytes)
-    _keep_config(args.config_out, report, out)
+        _keep_config(config, report.config, out)
     where = "standard input" if from_stdin else args.file
     out.result(
         {"file": where, **report.as_dict()},
@@ -86,26 +88,36 @@ def _options(args: argparse.Namespace) -> LoadOptions:
     return options
 
 
-def _dry_run(args: argparse.Namespace, out: Output, name: str, state: DeviceState) -> int:
-    found = inspect(args.file)
+def _dry_run(args: argparse.Namespace, out: Output, device: Device, options: LoadOptions) -> int:
+    found = inspect(args.file, max_state_bytes=options.max_state_bytes)
     if not found.sound:
-        raise StreamError(found.problem, offset=found.problem_offset or 0)
+        offset = found.problem_offset or 0
+        problem = StreamError(found.problem.removesuffix(f" (at byte {offset})"), offset=offset)
+        problem.name_stream(args.file)
+        raise problem
+    manifest = found.manifest
+    doubt = check_identity(manifest, args.file, device, options) if manifest is not None else ""
+    if doubt:
+        out.note(doubt)
+    state = device.state()
     ready = state is DeviceState.RUNNING or args.force_reset
     verdict = "would load" if ready else "would refuse: not RUNNING"
-    out.result(
-        {"dry_run": True, "ready": ready, "state": state.name, "device_bytes": found.device_bytes},
-        f"{verdict}: {args.file}, sound, {found.device_bytes} bytes, into {name}, in {state.name}",
-    )
+    what = f"{args.file}, sound, {found.device_bytes} bytes, into {device.name}, in {state.name}"
+    values = {"dry_run": True, "ready": ready, "state": state.name}
+    out.result(values | {"device_bytes": found.device_bytes}, f"{verdict}: {what}")
     return 0 if ready else 5
 
 
-def _keep_config(path: Path | None, report: TransferReport, out: Output) -> None:
-    if not report.config:
+def _keep_config(sink: Stream | None, config: bytes, out: Output) -> None:
+    if sink is None:
+        if config:
+            out.note(f"the stream carries a config blob of {len(config)} bytes: not kept")
         return
-    if path is None:
-        return out.note(f"the stream carries a config blob of {len(report.config)} bytes: not kept")
-    with open_sink(path) as sink:
-        view = memoryview(report.config)
+    if not config:
+        return out.note("the stream carries no config blob: nothing to keep")
+    try:
         with open(sink.fileno(), "wb", closefd=False) as file:
-            file.write(view)
-        sink.commit()
+            file.write(config)
+    except OSError as err:
+        raise sink.failed(err) from err
+    sink.commit()

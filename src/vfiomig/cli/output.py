@@ -30,28 +30,30 @@ class Output:
         """Print one JSON document: a line of its own, or indented when pretty."""
         plain = {"schema": SCHEMA, "type": kind, "command": self.command, **values}
         text = json.dumps(plain, indent=2 if self.pretty else None, default=str)
-        print(text, file=stream or self.results, flush=True)
+        # In one piece: the thread that works and a signal handler may both have something to say.
+        (stream or self.results).write(text + "\n")
+        (stream or self.results).flush()
 
     def result(self, values: Mapping[str, Any], text: str) -> None:
         """Print the result: JSON with --json, else text, unless quiet."""
         if self.json:
             self.record("result", values)
         elif not self.quiet:
-            print(text, file=self.results)
+            print(_lines(text), file=self.results)
 
     def answer(self, values: Mapping[str, Any], text: str) -> None:
         """Print what was asked for: as result(), also when quiet."""
         if self.json:
             self.record("result", values)
         else:
-            print(text, file=self.results)
+            print(_lines(text), file=self.results)
 
     def note(self, text: str) -> None:
         """Say something on stderr, unless quiet. With --json: a warning record."""
         if self.json:
             self.record("warning", {"text": text})
         elif not self.quiet:
-            print(f"vfiomig: {text}", file=sys.stderr)
+            print(_lines(f"vfiomig: {text}"), file=sys.stderr)
 
     def error(self, err: MigrationError) -> None:
         """Say what failed, what became of the device, and what to do."""
@@ -64,22 +66,18 @@ class Output:
             lines.append(f"  hint: {printable(err.hint)}")
         print("\n".join(lines), file=sys.stderr)
 
-    def interrupted(self, err: BaseException, number: int) -> int:
-        """Say that a signal ended the work, and what became of the device; return its code."""
-        name, cause = signal.Signals(number).name, err.__cause__
-        code = 128 + number
-        if isinstance(cause, MigrationError):
-            if cause.code == 20:  # the device did not come back: that matters more
-                self.error(cause)
-                return cause.code
-            stopped = MigrationError(f"stopped by {name}")
-            stopped.aftermath, stopped.actual = cause.aftermath, cause.actual
-            stopped.device, stopped.phase = cause.device, cause.phase
-        else:
-            stopped = MigrationError(f"stopped by {name}")
-        stopped.code = code
-        self.error(stopped)
-        return code
+
+def stopped_by(number: int, err: BaseException) -> MigrationError:
+    """Return the error for work that a signal ended, with what became of the device."""
+    cause = err.__cause__
+    if isinstance(cause, MigrationError) and cause.code == 20:
+        return cause  # the device did not come back: that matters more
+    stopped = MigrationError(f"stopped by {signal.Signals(number).name}")
+    stopped.code = 128 + number
+    if isinstance(cause, MigrationError):
+        stopped.aftermath, stopped.actual = cause.aftermath, cause.actual
+        stopped.device, stopped.phase = cause.device, cause.phase
+    return stopped
 
 
 def error_values(err: MigrationError) -> dict[str, Any]:
@@ -104,6 +102,10 @@ def error_values(err: MigrationError) -> dict[str, Any]:
 def printable(text: str) -> str:
     """Return text with control characters escaped: a stream must not drive the terminal."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _lines(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def table(rows: Iterable[tuple[str, ...]], indent: str = "") -> str:
