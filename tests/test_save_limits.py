@@ -200,7 +200,6 @@ def test_every_missing_descriptor_is_an_error_that_leaves_the_device_running(
     assert names_in(tmp_path) == ["out"]
 
 
-@pytest.mark.xfail(reason="the writer counts records, the reader sections as well", strict=True)
 def test_both_sides_count_the_same_frames_in_qemu_framing(tmp_path: Path) -> None:
     options = SaveOptions(framing=QemuFraming(), pre_copy=PreCopyLimits(), config=b"blob")
     with Simulated("sim:?size=300001") as device:

@@ -9,6 +9,7 @@ from typing import Protocol, Self
 from vfiomig import states
 from vfiomig.channel import DataChannel
 from vfiomig.errors import (
+    DeviceBusyError,
     DeviceIOError,
     DeviceLostError,
     DeviceStateError,
@@ -119,6 +120,20 @@ class Device:
             return self._ops.get_device_state()
         except OSError:
             return None  # the caller reports the state as unknown
+
+    def check_in(self, *allowed: DeviceState) -> DeviceState:
+        """Return the state. Raises DeviceBusyError when it is none of allowed."""
+        state = self.state()
+        if state not in allowed:
+            raise DeviceBusyError(
+                f"{self.name} is in {state.name} and not {allowed[0].name}: somebody is at work"
+                " on it, or left it so",
+                device=self.name,
+                wanted=allowed[0],
+                actual=state,
+                hint="vfiomig state shows it; vfiomig reset makes it RUNNING, and loses its state",
+            )
+        return state
 
     def stop_copy_length(self) -> int | None:
         """Return the device's estimate of its state in bytes, None where it gives none.

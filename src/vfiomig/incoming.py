@@ -298,7 +298,6 @@ class QemuIncoming(_Checked):
             )
         rest = self.section.start()[6 + len(name) :]
         self._expect(rest, "the START section")
-        self.frames = 1
 
     @property
     def digest(self) -> int:
@@ -321,7 +320,6 @@ class QemuIncoming(_Checked):
         kind = kinds.get(head)
         if kind is None:
             raise StreamError("neither PART nor END of this device begins here", offset=offset)
-        self.frames += 1
         tell(FrameInfo(kind.name, offset, 0))
         while (tag := self._tag(f"a {kind.name} section")) is Tag.DATA:
             self._record(data_fd, tell)
@@ -358,7 +356,6 @@ class QemuIncoming(_Checked):
             self._expect(self.section.footer, "the footer")
         else:
             raise StreamError(f"{tag.name} in a FULL section", offset=self._reader.offset - 8)
-        self.frames += 1
         self._end()
         tell(FrameInfo(SectionKind.FULL.name, offset, len(self.config), detail="CONFIG"))
 

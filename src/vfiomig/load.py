@@ -9,7 +9,6 @@ from vfiomig.channel import DataChannel
 from vfiomig.device import Device
 from vfiomig.errors import (
     CancelledError,
-    DeviceBusyError,
     DeviceIOError,
     DeviceLostError,
     MigrationError,
@@ -102,7 +101,7 @@ class _Loading:
             incoming = self._open()
             if incoming.manifest is not None:  # QEMU's sections do not say what device they are of
                 self._check_identity(incoming.manifest)
-            self._check_state()
+            self._device.check_in(DeviceState.RUNNING)
             started_ns = time.monotonic_ns()
             try:
                 self._transfer(incoming)
@@ -137,18 +136,6 @@ class _Loading:
         doubt = check_identity(manifest, self._stream.name, self._device, self._options)
         if doubt:
             self._recorder.warn(doubt)
-
-    def _check_state(self) -> None:
-        state = self._device.state()
-        if state is not DeviceState.RUNNING:
-            raise DeviceBusyError(
-                f"{self._device.name} is in {state.name} and not RUNNING: somebody is at work"
-                " on it, or left it so",
-                device=self._device.name,
-                wanted=DeviceState.RUNNING,
-                actual=state,
-                hint="vfiomig reset makes it RUNNING again, and loses its state",
-            )
 
     def _transfer(self, incoming: Incoming) -> None:
         with self._phase("load", incoming):

@@ -75,7 +75,7 @@ class TransferReport:
     """What save() or load() did.
 
     device_bytes: bytes of the device's own state. stream_bytes: bytes of the stream around them.
-    frames: frames of the stream (native), records and sections (qemu). digest: XXH3-64 over the
+    frames: frames of the stream (native), or DATA records (qemu). digest: XXH3-64 over the
     device's bytes in order, 16 hex digits, the same on both sides and in both framings; "" if off.
     state: what the device was left in. stopped_ns: how long it was not RUNNING (save), or how long
     it was on its way (load); None when it was left stopped. config: the opaque blob that travelled.

@@ -13,7 +13,6 @@ from vfiomig.channel import DataChannel
 from vfiomig.device import Device
 from vfiomig.errors import (
     CancelledError,
-    DeviceBusyError,
     DeviceIOError,
     DeviceLostError,
     MigrationError,
@@ -73,7 +72,8 @@ class _Saving:
 
     def run(self) -> TransferReport:
         with self._device.observed(self._recorder.observe):
-            self._start_state = self._check_state()
+            also = [DeviceState.STOP] * self._options.from_stop
+            self._start_state = self._device.check_in(DeviceState.RUNNING, *also)
             length = self._device.stop_copy_length()
             self._recorder.expected_bytes = length or 0
             if length is None:
@@ -87,20 +87,6 @@ class _Saving:
                 self._roll_back(err)
                 self._recorder.note_on(err)
                 raise
-
-    def _check_state(self) -> DeviceState:
-        state = self._device.state()
-        allowed = [DeviceState.RUNNING] + [DeviceState.STOP] * self._options.from_stop
-        if state not in allowed:
-            raise DeviceBusyError(
-                f"{self._device.name} is in {state.name} and not RUNNING: somebody is at work"
-                " on it, or left it so",
-                device=self._device.name,
-                wanted=DeviceState.RUNNING,
-                actual=state,
-                hint="vfiomig state shows it; vfiomig reset makes it RUNNING, and loses its state",
-            )
-        return state
 
     def _open(self, length: int | None) -> tuple[FrameWriter, Outgoing]:
         options, wake_fd = self._options, self._cancellation.fileno()

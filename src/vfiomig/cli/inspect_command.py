@@ -62,7 +62,7 @@ def _text(found: Inspection) -> str:
         ("", f"{found.pre_copy_bytes} read in PRE_COPY, {found.zero_bytes} in runs of zeros"),
         ("digest", f"xxh3:{found.digest}" if found.digest else "none"),
         ("config", f"{len(found.config)} bytes"),
-        ("frames", str(found.frames)),
+        ("records" if found.framing == "qemu" else "frames", str(found.frames)),
     ]
     if found.framing != "native":
         rows = [row for row in rows if row[0]]

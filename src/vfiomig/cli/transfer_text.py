@@ -15,10 +15,11 @@ def transfer_text(headline: str, report: TransferReport) -> str:
     rate = ""
     if copied_ns:
         rate = f", copied at {format_rate(report.device_bytes * 1_000_000_000 // copied_ns)}"
+    unit = "records" if report.framing == "qemu" else "frames"
     rows = [
         ("state", f"{format_size(report.device_bytes)} ({report.device_bytes} bytes)"),
         ("digest", f"xxh3:{report.digest}" if report.digest else "none (--no-digest)"),
-        ("stream", f"{report.framing}, {format_size(report.stream_bytes)}, {report.frames} frames"),
+        ("stream", f"{report.framing}, {format_size(report.stream_bytes)}, {report.frames} {unit}"),
         ("took", f"{took}: {phases}{rate}"),
     ]
     if report.stopped_ns is not None:
