@@ -1,5 +1,7 @@
 # Two commands do everything: make demo, make test. CONTRIBUTING.md says what each part is for.
 BIN := .venv/bin
+# cython-lint calls pycodestyle by name.
+export PATH := $(abspath $(BIN)):$(PATH)
 SOURCES := pyproject.toml setup.py src/_fastcopy.pyx tools/setup
 LAB := $(BIN)/python tests/vm/lab.py
 KERNEL_TESTS := $(abspath $(BIN))/python -B -m pytest -p no:cacheprovider -q tests/kernel

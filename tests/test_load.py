@@ -37,7 +37,7 @@ from vfiomig import (
     UsageError,
     load,
     save,
-)
+)from vfiomig.report import Warning as WarningEvent
 
 S = DeviceState
 LIMITS = PreCopyLimits()
@@ -290,3 +290,14 @@ def test_a_cancel_reaches_a_load_that_waits_for_its_writer(tmp_path: Path) -> No
         trigger = Trigger(entered(S.RESUMING), stop.cancel)
         err = failure_of(lambda: load(reader, device, on_event=trigger, cancellation=stop))
         assert (err.code, device.state()) == (14, S.RUNNING)
+
+
+def test_a_cancel_at_the_last_moment_is_not_committed(tmp_path: Path) -> None:
+    saved(tmp_path / "out", "sim:?size=0")
+    with Simulated("sim:?size=5000") as device, closing(Cancellation()) as stop:
+        # The warning that there is no state comes after the last byte was read.
+        trigger = Trigger(lambda event: isinstance(event, WarningEvent), stop.cancel)
+        err = failure_of(
+            lambda: load(tmp_path / "out", device, on_event=trigger, cancellation=stop)
+        )
+        assert (err.code, trigger.fired, device.content()) == (14, True, bytes(5000))

@@ -12,6 +12,7 @@ import pytest
 
 from devices import Simulated, entered, failure_of, into_pipe, no_leak
 from vfiomig import (
+    Chunk,
     DeviceBusyError,
     DeviceIOError,
     DeviceLostError,
@@ -20,6 +21,7 @@ from vfiomig import (
     Event,
     LoadOptions,
     MigrationError,
+    Progress,
     QemuFraming,
     SaveOptions,
     StateChange,
@@ -224,12 +226,19 @@ class Odd(OSError):
     """What a caller's own code raises; an OSError, which is not to be taken for a device's."""
 
 
-@pytest.mark.parametrize("state", [S.RUNNING_P2P, S.STOP, S.RESUMING, S.RUNNING, None])
+MOMENTS: dict[str, Callable[[Event], bool]] = {
+    "always": lambda _: True,
+    "chunk": lambda event: isinstance(event, Chunk),
+    "progress": lambda event: isinstance(event, Progress),
+} | {state.name: entered(state) for state in (S.RUNNING_P2P, S.STOP, S.RESUMING, S.RUNNING)}
+
+
+@pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS)
 def test_an_exception_in_on_event_rolls_back_and_propagates(
-    stream: Path, state: DeviceState | None
+    stream: Path, moment: Callable[[Event], bool]
 ) -> None:
     def on_event(event: Event) -> None:
-        if state is None or entered(state)(event):
+        if moment(event):
             raise Odd
 
     with Simulated(f"sim:?size={SIZE}") as device:

@@ -50,6 +50,7 @@ exit codes:
 """
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _JSON_WORD = re.compile(r"--json|--pretty|-[qv]*[jp][jpqv]*")
 
 
@@ -78,13 +79,18 @@ def main(argv: list[str] | None = None) -> int:
     out = Output(json=_wants_json(words))
     _take_signals()
     try:
+        return _outcome(words, out)
+    except _Stopped as err:
+        return _told(out, stopped_by(err.number, err))
+
+
+def _outcome(words: list[str], out: Output) -> int:
+    try:
         code = _run(words, out)
         sys.stdout.flush()
         return code
     except MigrationError as err:
         return _told(out, err)
-    except _Stopped as err:
-        return _told(out, stopped_by(err.number, err))
     except SystemExit as err:  # argparse's, of --help
         return int(err.code or 0)
     except BrokenPipeError:
@@ -97,6 +103,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _told(out: Output, err: MigrationError) -> int:
     """Say what failed, on stderr if standard output is what fails. Returns the exit code."""
+    for number in _SIGNALS:  # it is over: a signal could only make the code untrue
+        signal.signal(number, signal.SIG_IGN)
     try:
         out.error(err)
         sys.stdout.flush()
@@ -142,7 +150,7 @@ def _take_signals() -> None:
             stopping.append(number)
             raise _Stopped(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
             signal.signal(number, stop)
 

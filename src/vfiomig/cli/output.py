@@ -69,7 +69,7 @@ class Output:
 
 def stopped_by(number: int, err: BaseException) -> MigrationError:
     """Return the error for work that a signal ended, with what became of the device."""
-    cause = err.__cause__
+    cause = err.__cause__ or err.__context__
     if isinstance(cause, MigrationError) and cause.code == 20:
         return cause  # the device did not come back: that matters more
     stopped = MigrationError(f"stopped by {signal.Signals(number).name}")
