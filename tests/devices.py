@@ -31,6 +31,11 @@ URLS = {
 WITHOUT_PRE_COPY = {"pds", "xe"}
 
 
+def seeded(url: str, seed: int) -> str:
+    """Return a device of the same kind with other contents."""
+    return f"{url}{'&' if '?' in url else '?'}seed={seed}"
+
+
 class Simulated(vfiomig.Device):
     """A simulated device whose state can be looked at from behind."""
 

@@ -19,6 +19,7 @@ from devices import (
     failure_of,
     into_pipe,
     no_leak,
+    seeded,
 )
 from vfiomig import (
     Cancellation,
@@ -37,7 +38,8 @@ from vfiomig import (
     UsageError,
     load,
     save,
-)from vfiomig.report import Warning as WarningEvent
+)
+from vfiomig.report import Warning as WarningEvent
 
 S = DeviceState
 LIMITS = PreCopyLimits()
@@ -59,11 +61,6 @@ PAIRS = [
 def nothing_is_left() -> Iterator[None]:
     with no_leak():
         yield
-
-
-def seeded(url: str, seed: int) -> str:
-    """Return a device of the same kind with other contents."""
-    return f"{url}{'&' if '?' in url else '?'}seed={seed}"
 
 
 def saved(
