@@ -230,6 +230,10 @@ cdef class FrameWriter:
         free(self.memory)
         self._close_pipe()
 
+    def close(self):
+        """Close the pipe of a splice. The writer is not used afterwards."""
+        self._close_pipe()
+
     def put(self, const unsigned char[::1] data not None):
         """Write data as it is. Blocks until it is taken. Raises OSError, ECANCELED when woken."""
         cdef const unsigned char *start

@@ -32,6 +32,8 @@ class QemuFraming:
             name = f"{device}/vfio" if _PCI_ADDRESS.fullmatch(device) else "vfio"
         if not name.isprintable():  # lone surrogates, of argv, are among what is not
             raise UsageError(f"an idstr cannot contain what is not printable: {name!a}")
+        if name != "vfio" and not name.endswith("/vfio"):
+            raise UsageError(f"an idstr is vfio or ends in /vfio (QEMU's vmstate id), not {name!a}")
         return qemu.Section(self.section_id, name)
 
 

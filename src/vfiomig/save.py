@@ -16,6 +16,7 @@ from vfiomig.errors import (
     DeviceIOError,
     DeviceLostError,
     MigrationError,
+    OutOfSyncError,
     ResourceLimitError,
 )
 from vfiomig.framing import native, qemu
@@ -78,15 +79,19 @@ class _Saving:
             self._recorder.expected_bytes = length or 0
             if length is None:
                 self._recorder.warn("the device does not tell its size: no estimate")
-            try:
-                self._writer, self._framing = self._open(length)
-                self._in_sink(self._framing.begin)
-                self._copy_all()
-                return self._finish()
-            except BaseException as err:
-                self._roll_back(err)
-                self._recorder.note_on(err)
-                raise
+            self._writer, self._framing = self._open(length)
+            with closing(self._writer):
+                return self._run()
+
+    def _run(self) -> TransferReport:
+        try:
+            self._in_sink(self._framing.begin)
+            self._copy_all()
+            return self._finish()
+        except BaseException as err:
+            self._roll_back(err)
+            self._recorder.note_on(err)
+            raise
 
     def _open(self, length: int | None) -> tuple[FrameWriter, Outgoing]:
         options, wake_fd = self._options, self._cancellation.fileno()
@@ -157,6 +162,16 @@ class _Saving:
                 f"{self._device.name}: its state is larger than the {most} bytes allowed",
                 device=self._device.name,
                 hint="raise the limit with --max-state, or look for an endless driver",
+            )
+        state = self._device.state()
+        if state is not DeviceState.STOP_COPY:
+            raise OutOfSyncError(
+                f"{self._device.name}: out of sync: it is in {state.name} after the last byte;"
+                " somebody else reset it",
+                device=self._device.name,
+                errno=errno.EBADF,
+                wanted=DeviceState.STOP_COPY,
+                actual=state,
             )
         if self._writer.device_bytes == 0:
             self._recorder.warn("the device gave no state at all: 0 bytes")

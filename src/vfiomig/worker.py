@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from vfiomig.errors import CancelledError
+from vfiomig.errors import CancelledError, ResourceLimitError
 from vfiomig.fd import OwnedFd
 
 T = TypeVar("T")
@@ -23,7 +23,10 @@ class Cancellation:
     """
 
     def __init__(self) -> None:
-        self._fd = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        try:
+            self._fd = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        except OSError as err:
+            raise ResourceLimitError(f"no eventfd: {err.strerror}", errno=err.errno) from err
         self._cancelled = False
 
     def cancel(self) -> None:

@@ -77,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a name need not fit into the terminal's encoding
             stream.reconfigure(errors="backslashreplace")
     out = Output(json=_wants_json(words))
+    if words[:1] == ["save"] and "-" in words:
+        out.results = sys.stderr  # standard output is the stream's
     _take_signals()
     try:
         return _outcome(words, out)
