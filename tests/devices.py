@@ -10,8 +10,8 @@ import pytest
 
 import vfiomig
 from vfiomig import MigrationError
-from vfiomig.backends.simulated import SimulatedOps
 from vfiomig.report import Event
+from vfiomig.simulator.device import SimulatedOps
 
 # Every profile there is, with a state that is no multiple of anything where its size is free.
 URLS = {

@@ -20,13 +20,14 @@ LEVELS = [
     {"device", "outgoing", "incoming", "options"},
     {"save", "load", "inspection", "lending", "backends.kernel"},
     # The simulator, which is a house of its own: what a name says, files, sessions, the device.
-    {"backends.faults", "backends.profiles", "backends.sim_updates", "backends.sim_file"},
-    {"backends.sim_url", "backends.sim_session"},
-    {"backends.sim_content"},
-    {"backends.sim_state"},
-    {"backends.sim_commit", "backends.sim_home", "backends.sim_save"},
-    {"backends.sim_load", "backends.sim_precopy"},
-    {"backends.simulated"},
+    {"simulator"},
+    {"simulator.faults", "simulator.profiles", "simulator.updates", "simulator.file"},
+    {"simulator.url", "simulator.session"},
+    {"simulator.content"},
+    {"simulator.storage"},
+    {"simulator.commit", "simulator.home", "simulator.feeder"},
+    {"simulator.drain", "simulator.precopy"},
+    {"simulator.device"},
     {"backends"},
     {"vfiomig"},
     {"cli.output", "cli.host_values"},
@@ -92,7 +93,7 @@ def modules_after(statement: str) -> set[str]:
 
 def test_the_library_imports_nothing_heavy() -> None:
     before = modules_after("pass")
-    for statement in ("import vfiomig", "import vfiomig.backends.simulated"):
+    for statement in ("import vfiomig", "import vfiomig.simulator.device"):
         assert (modules_after(statement) - before) & HEAVY == set()
 
 

@@ -17,7 +17,6 @@ from contract.driving import (
     save,
     write_all,
 )
-from vfiomig.backends.simulated import SimulatedOps, open_simulated, state_bytes
 from vfiomig.errors import (
     DeviceBusyError,
     DeviceLostError,
@@ -27,6 +26,7 @@ from vfiomig.errors import (
     NotMigratableError,
     UsageError,
 )
+from vfiomig.simulator.device import SimulatedOps, open_simulated, state_bytes
 from vfiomig.uapi import DeviceState as S
 
 Open = Callable[[str], SimulatedOps]
@@ -147,7 +147,7 @@ def test_a_process_killed_in_resuming_leaves_the_device_there(tmp_path: Path, op
     url = f"sim:{tmp_path}/device?size=4K"
     program = (
         "import os, sys\n"
-        "from vfiomig.backends.simulated import SimulatedOps\n"
+        "from vfiomig.simulator.device import SimulatedOps\n"
         "from vfiomig.uapi import DeviceState\n"
         "channel = SimulatedOps.open(sys.argv[1]).set_device_state(DeviceState.RESUMING)\n"
         "os.write(channel.fileno(), b'half of it')\n"

@@ -24,8 +24,8 @@ from contract.driving import (
     save,
     write_all,
 )
-from vfiomig.backends.simulated import SimulatedOps
 from vfiomig.errors import ResourceLimitError, UsageError
+from vfiomig.simulator.device import SimulatedOps
 from vfiomig.uapi import DeviceState as S
 
 Open = Callable[[str], SimulatedOps]

@@ -18,12 +18,12 @@ from contract.driving import (
     read_until_nothing,
     write_all,
 )
-from vfiomig.backends import sim_precopy
-from vfiomig.backends.profiles import PROFILES
-from vfiomig.backends.sim_content import Dirtier
-from vfiomig.backends.sim_updates import find_updates
-from vfiomig.backends.simulated import SimulatedOps
 from vfiomig.fd import OwnedFd
+from vfiomig.simulator import precopy
+from vfiomig.simulator.content import Dirtier
+from vfiomig.simulator.device import SimulatedOps
+from vfiomig.simulator.profiles import PROFILES
+from vfiomig.simulator.updates import find_updates
 from vfiomig.uapi import Capability
 from vfiomig.uapi import DeviceState as S
 
@@ -96,7 +96,7 @@ def test_virtio_gives_a_whole_new_copy_once_a_second(
     channel = begun(opened("sim:?profile=virtio&size=100000"), S.PRE_COPY)
     read_until_nothing(channel)
     assert channel.precopy_info().dirty_bytes == 0
-    monkeypatch.setattr(sim_precopy, "_COPY_EVERY_NS", 0)
+    monkeypatch.setattr(precopy, "_COPY_EVERY_NS", 0)
     for _ in range(3):
         assert channel.precopy_info().dirty_bytes > 100000
         assert len(read_until_nothing(channel)[0]) > 100000

@@ -18,9 +18,9 @@ from contract.driving import (
     save,
     write_all,
 )
-from vfiomig.backends.profiles import MTTY_HEADER
-from vfiomig.backends.simulated import SimulatedOps
 from vfiomig.channel import DataChannel
+from vfiomig.simulator.device import SimulatedOps
+from vfiomig.simulator.profiles import MTTY_HEADER
 from vfiomig.uapi import DeviceState as S
 
 QEMU = json.loads((Path(__file__).parent / "data" / "qemu-10.0-mtty-2.json").read_text())

@@ -6,8 +6,8 @@ from contextlib import ExitStack, closing
 import pytest
 
 from contract.driving import DeviceFactory
-from vfiomig.backends.simulated import SimulatedOps
 from vfiomig.device import DeviceOps
+from vfiomig.simulator.device import SimulatedOps
 
 SUBJECTS = {
     "sim-generic": "sim:?size=300000",

@@ -18,7 +18,7 @@ _PTRACE_SCOPE = Path("/proc/sys/kernel/yama/ptrace_scope")
 def open_device(name: str) -> Device:
     """Return the device called name, open. The caller closes it.
 
-    sim:[FILE][?KEY=VALUE]   a simulated device: see sim_url.py
+    sim:[FILE][?KEY=VALUE]   a simulated device: docs/simulator.md
     fd:N                     a device_fd this process inherited; the original stays open
     pid:PID/fd:N             the device_fd of another process, copied by pidfd_getfd
     unix:PATH, unix:PATH#X   a device that `vfiomig hold` lends at the socket PATH
@@ -36,9 +36,9 @@ def open_device(name: str) -> Device:
     """
     # Each kind is imported when it is asked for: start-up is most of what a short command takes.
     if name.startswith("sim:"):
-        from vfiomig.backends import simulated
+        from vfiomig.simulator.device import open_simulated
 
-        return simulated.open_simulated(name)
+        return open_simulated(name)
     if is_borrowed(name):
         return borrow(name)
     from vfiomig import sysfs

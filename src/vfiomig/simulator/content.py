@@ -1,7 +1,7 @@
 """What the state of a simulated device consists of: made from its seed, the same every time.
 
 The seed stands for one mebibyte of random bytes, which is repeated; each run begins with a stamp,
-so that no two are alike. The first bytes are never those of an update stream (sim_updates.py).
+so that no two are alike. The first bytes are never those of an update stream (updates.py).
 """
 
 import errno
@@ -9,8 +9,8 @@ import os
 import random
 from collections.abc import Iterator
 
-from vfiomig.backends.profiles import Profile
-from vfiomig.backends.sim_url import Parameters
+from vfiomig.simulator.profiles import Profile
+from vfiomig.simulator.url import Parameters
 
 BLOCK_BYTES = 1 << 20
 RUN_BYTES = 64 << 10

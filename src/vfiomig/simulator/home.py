@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
-from vfiomig.backends.sim_file import Sidecar
-from vfiomig.backends.sim_state import FileStorage, MemoryStorage, SimState
-from vfiomig.backends.sim_url import Parameters, SimUrl, agree, parse_parameters
 from vfiomig.errors import LocalIOError, UsageError, opening_failed
 from vfiomig.fd import OwnedFd
+from vfiomig.simulator.file import Sidecar
+from vfiomig.simulator.storage import FileStorage, MemoryStorage, SimState
+from vfiomig.simulator.url import Parameters, SimUrl, agree, parse_parameters
 from vfiomig.uapi import DeviceState
 
 

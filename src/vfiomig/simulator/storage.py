@@ -10,10 +10,10 @@ from contextlib import suppress
 from hashlib import blake2b
 from typing import Protocol
 
-from vfiomig.backends.profiles import Profile
-from vfiomig.backends.sim_content import begin, fill
-from vfiomig.backends.sim_url import Parameters
 from vfiomig.fd import OwnedFd
+from vfiomig.simulator.content import begin, fill
+from vfiomig.simulator.profiles import Profile
+from vfiomig.simulator.url import Parameters
 
 _BLOCK_BYTES = 1 << 20
 

@@ -28,10 +28,10 @@ from errno import EIO, ENOMSG
 from typing import Any
 from urllib.parse import unquote
 
-from vfiomig.backends.faults import FaultScript, parse_errno, parse_fault
-from vfiomig.backends.profiles import PROFILES, Accept, Precopy, Profile
 from vfiomig.errors import UsageError
 from vfiomig.quantities import parse_duration, parse_rate, parse_size
+from vfiomig.simulator.faults import FaultScript, parse_errno, parse_fault
+from vfiomig.simulator.profiles import PROFILES, Accept, Precopy, Profile
 from vfiomig.uapi import Capability
 
 SCHEME = "sim:"

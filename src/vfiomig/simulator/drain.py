@@ -11,11 +11,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from vfiomig.backends.faults import Action, Fault
-from vfiomig.backends.profiles import Profile
-from vfiomig.backends.sim_save import PIPE_BYTES, open_pipe, queued_bytes
-from vfiomig.backends.sim_session import Pacer, Session, os_error, start_thread
 from vfiomig.fd import OwnedFd
+from vfiomig.simulator.faults import Action, Fault
+from vfiomig.simulator.feeder import PIPE_BYTES, open_pipe, queued_bytes
+from vfiomig.simulator.profiles import Profile
+from vfiomig.simulator.session import Pacer, Session, os_error, start_thread
 
 
 class PipedLoad(Session):

@@ -1,4 +1,4 @@
-"""A simulated device: answers as the kernel does, without privileges. See sim_url.py for its names.
+"""A simulated device: answers as the kernel does, without privileges. See url.py for its names.
 
     with open_simulated("sim:/tmp/device?size=64M&profile=mlx5") as device: ...
 
@@ -14,19 +14,19 @@ from dataclasses import replace
 from typing import Self
 
 from vfiomig import states
-from vfiomig.backends.faults import Action
-from vfiomig.backends.sim_commit import commit
-from vfiomig.backends.sim_home import Home, open_home, state_bytes_of
-from vfiomig.backends.sim_load import PipedLoad
-from vfiomig.backends.sim_precopy import PrecopySource
-from vfiomig.backends.sim_save import PIPE_BYTES, PipedSave
-from vfiomig.backends.sim_session import Pacer, PlainLoad, PlainSave, Session, os_error
-from vfiomig.backends.sim_state import reopened
-from vfiomig.backends.sim_updates import Segment
-from vfiomig.backends.sim_url import Opening, parse_url
 from vfiomig.channel import DataChannel, PrecopyInfo
 from vfiomig.device import Device, Identity
 from vfiomig.fd import OwnedFd
+from vfiomig.simulator.commit import commit
+from vfiomig.simulator.drain import PipedLoad
+from vfiomig.simulator.faults import Action
+from vfiomig.simulator.feeder import PIPE_BYTES, PipedSave
+from vfiomig.simulator.home import Home, open_home, state_bytes_of
+from vfiomig.simulator.precopy import PrecopySource
+from vfiomig.simulator.session import Pacer, PlainLoad, PlainSave, Session, os_error
+from vfiomig.simulator.storage import reopened
+from vfiomig.simulator.updates import Segment
+from vfiomig.simulator.url import Opening, parse_url
 from vfiomig.uapi import Capability
 from vfiomig.uapi import DeviceState as S
 

@@ -1,7 +1,7 @@
 """A data session of a simulated device: the base of all, and the plain ones.
 
 A plain session's data_fd is the file of the state, or of the staging: full speed, and no thread.
-Pipes (sim_save.py, sim_load.py) are for what a file cannot say.
+Pipes (feeder.py, drain.py) are for what a file cannot say.
 """
 
 import errno

@@ -3,12 +3,12 @@
 import time
 from collections.abc import Sequence
 
-from vfiomig.backends.profiles import Precopy
-from vfiomig.backends.sim_content import Dirtier
-from vfiomig.backends.sim_save import PipedSave
-from vfiomig.backends.sim_updates import Segment, UpdateLog
-from vfiomig.backends.sim_url import Parameters
 from vfiomig.channel import PrecopyInfo
+from vfiomig.simulator.content import Dirtier
+from vfiomig.simulator.feeder import PipedSave
+from vfiomig.simulator.profiles import Precopy
+from vfiomig.simulator.updates import Segment, UpdateLog
+from vfiomig.simulator.url import Parameters
 from vfiomig.uapi import DeviceState as S
 
 # drivers/vfio/pci/virtio/migrate.c asks the device at most once a second.

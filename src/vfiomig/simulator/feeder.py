@@ -15,12 +15,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
-from vfiomig.backends.faults import Action, Fault
-from vfiomig.backends.sim_session import Pacer, Session, os_error, start_thread
-from vfiomig.backends.sim_state import reopened
-from vfiomig.backends.sim_updates import Segment
 from vfiomig.channel import PrecopyInfo
 from vfiomig.fd import OwnedFd
+from vfiomig.simulator.faults import Action, Fault
+from vfiomig.simulator.session import Pacer, Session, os_error, start_thread
+from vfiomig.simulator.storage import reopened
+from vfiomig.simulator.updates import Segment
 
 PIPE_BYTES = 1 << 20
 _PAGE_BYTES = 4096

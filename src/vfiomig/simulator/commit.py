@@ -2,10 +2,10 @@
 
 import os
 
-from vfiomig.backends.profiles import Accept
-from vfiomig.backends.sim_state import SimState
-from vfiomig.backends.sim_updates import find_updates
-from vfiomig.backends.sim_url import Parameters
+from vfiomig.simulator.profiles import Accept
+from vfiomig.simulator.storage import SimState
+from vfiomig.simulator.updates import find_updates
+from vfiomig.simulator.url import Parameters
 
 
 def commit(state: SimState, parameters: Parameters) -> int:

@@ -1,0 +1,1 @@
+"""Simulated devices: docs/simulator.md, in code. device.py answers what a kernel's device does."""
