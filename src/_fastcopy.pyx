@@ -198,6 +198,40 @@ cdef int _wait(int fd, short events, int wake_fd) except -1 nogil:
     return ECANCELED if waiters[1].revents else 0
 
 
+def start_and_wait(thread, gate, abandoned, int done_fd, int wake_fd):
+    """Start thread and wait until done_fd is readable. Returns the first exception, or None.
+
+    The exception is what a Python signal handler raised meanwhile; the eventfd wake_fd is then
+    written to, and the wait goes on. Handlers run at bytecodes of the main thread, whichever thread
+    the kernel gave the signal to, and whatever is blocked: only code that is not Python is safe
+    from them. The thread must first acquire gate, a held lock; if its start is interrupted,
+    abandoned is appended to before gate is released, and what the handler raised is raised.
+    """
+    cdef pollfd waiter
+    cdef uint64_t one = 1
+    first = None
+    try:
+        thread.start()
+    except BaseException:
+        abandoned.append(True)
+        gate.release()
+        raise
+    gate.release()
+    waiter.fd, waiter.events, waiter.revents = done_fd, POLLIN, 0
+    while not waiter.revents:
+        with nogil:
+            # A signal that another thread took does not wake us: look twenty times a second.
+            poll(&waiter, 1, 50)
+        try:
+            PyErr_CheckSignals()
+        except BaseException as err:
+            if first is None:
+                first = err
+            if write(wake_fd, &one, sizeof(one)) < 0:
+                pass  # full: it is readable already
+    return first
+
+
 @cython.final
 cdef class FrameWriter:
     """Device to stream: reads chunks into one buffer, and writes each as a frame.

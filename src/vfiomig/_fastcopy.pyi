@@ -1,4 +1,6 @@
+from _thread import LockType
 from enum import IntEnum
+from threading import Thread
 from typing import Self, final
 
 class Outcome(IntEnum):
@@ -8,6 +10,13 @@ class Outcome(IntEnum):
     DEADLINE_REACHED = 3
 
 def xxh3_64(data: bytes | bytearray | memoryview, seed: int = 0) -> int: ...
+def start_and_wait(
+    thread: Thread,
+    gate: LockType,
+    abandoned: list[bool],
+    done_fd: int,
+    wake_fd: int,
+) -> BaseException | None: ...
 
 @final
 class Digest:

@@ -5,11 +5,13 @@ a state change kills the session (xe, mlx5: drivers/vfio/pci). So the caller tak
 """
 
 import os
+import select
 import signal
 import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from vfiomig._fastcopy import start_and_wait
 from vfiomig.errors import CancelledError, ResourceLimitError
 from vfiomig.fd import OwnedFd
 
@@ -23,26 +25,26 @@ class Cancellation:
     """
 
     def __init__(self) -> None:
-        try:
-            self._fd = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-        except OSError as err:
-            raise ResourceLimitError(f"no eventfd: {err.strerror}", errno=err.errno) from err
-        self._cancelled = False
+        self._fd, self._was_cancelled = _eventfd(), False
 
     def cancel(self) -> None:
         """Ask the work to stop and roll back. Does not wait; may be called more than once."""
-        self._cancelled = True
+        self._was_cancelled = True
         if self._fd.fileno() != -1:
             os.eventfd_write(self._fd.fileno(), 1)
 
     @property
     def cancelled(self) -> bool:
         """Whether cancel() was called."""
-        return self._cancelled
+        if self._fd.fileno() == -1:
+            return self._was_cancelled
+        look = select.poll()
+        look.register(self._fd.fileno(), select.POLLIN)
+        return bool(look.poll(0))
 
     def check(self) -> None:
         """Raise CancelledError once cancelled."""
-        if self._cancelled:
+        if self.cancelled:
             raise CancelledError("cancelled")
 
     def fileno(self) -> int:
@@ -51,6 +53,7 @@ class Cancellation:
 
     def close(self) -> None:
         """Close the eventfd."""
+        self._was_cancelled = self.cancelled  # start_and_wait() writes to the eventfd only
         self._fd.close()
 
 
@@ -58,30 +61,38 @@ def run_shielded(job: Callable[[], T], cancellation: Cancellation) -> T:
     """Run job in a thread that blocks all signals; return what it returns, raise what it raises.
 
     An exception in the calling thread while it waits (KeyboardInterrupt, or what a signal handler
-    raises) cancels the job, waits until it has rolled back, and goes on from here: as long as the
-    roll-back takes, further ones are only noted.
+    raises) cancels the job, waits until it has rolled back, and goes on from here; further ones
+    meanwhile are dropped.
     """
     outcome: list[T] = []
     failure: list[BaseException] = []
-    done = threading.Event()
+    abandoned: list[bool] = []
+    gate = threading.Lock()
 
-    def work() -> None:
+    with _eventfd() as done:
+
+        def work() -> None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            with gate:
+                pass  # open once the caller waits, or has given up before the job began
+            if abandoned:
+                return
+            try:
+                outcome.append(job())
+            except BaseException as err:  # noqa: BLE001  handed to the caller, who raises it
+                failure.append(err)
+            finally:
+                os.eventfd_write(done.fileno(), 1)
+
+        thread = threading.Thread(target=work, name="vfiomig")
+        gate.acquire()
         try:
-            outcome.append(job())
-        except BaseException as err:  # noqa: BLE001  handed to the caller, who raises it
-            failure.append(err)
+            interrupted = start_and_wait(
+                thread, gate, abandoned, done.fileno(), cancellation.fileno()
+            )
         finally:
-            done.set()
-
-    thread = threading.Thread(target=work, name="vfiomig")
-    # The thread inherits the mask; and a handler's exception cannot part start() from the wait.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
-        thread.start()
-    except BaseException:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        raise
-    interrupted = _wait(thread, done, mask, cancellation)
+            if thread.ident is not None:
+                thread.join()
     if interrupted is not None and not outcome:
         raise interrupted from (failure[0] if failure else None)
     if failure:
@@ -91,27 +102,8 @@ def run_shielded(job: Callable[[], T], cancellation: Cancellation) -> T:
     return outcome[0]
 
 
-def _wait(
-    thread: threading.Thread,
-    done: threading.Event,
-    mask: set[int | signal.Signals],
-    cancellation: Cancellation,
-) -> BaseException | None:
-    """Wait for the job with mask as it was; once interrupted, with all signals blocked."""
-    first: BaseException | None = None
-    while True:
-        try:
-            if first is None:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            # Not join() alone: interrupted once, Python 3.11's takes a running thread for ended.
-            done.wait()
-            thread.join()
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        except BaseException as err:  # noqa: BLE001  raised again once the roll-back is done
-            # Before all else: one more signal here would tear us from the roll-back.
-            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-            if first is None:
-                first = err
-                cancellation.cancel()
-        else:
-            return first
+def _eventfd() -> OwnedFd:
+    try:
+        return OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+    except OSError as err:
+        raise ResourceLimitError(f"no eventfd: {err.strerror}", errno=err.errno) from err
