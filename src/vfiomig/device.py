@@ -135,6 +135,22 @@ class Device:
             )
         return state
 
+    def check_session(self, state: DeviceState, wanted: DeviceState) -> None:
+        """Raise OutOfSyncError unless the device is still in state, on its way to wanted.
+
+        A reset by somebody else leaves it RUNNING, from where wanted may be reached as well.
+        """
+        actual = self.state()
+        if actual is not state:
+            raise OutOfSyncError(
+                f"{self.name}: out of sync: it is in {actual.name}, and was in {state.name};"
+                " somebody else reset it",
+                device=self.name,
+                errno=errno.EBADF,
+                wanted=wanted,
+                actual=actual,
+            )
+
     def stop_copy_length(self) -> int | None:
         """Return the device's estimate of its state in bytes, None where it gives none.
 
@@ -165,6 +181,15 @@ class Device:
             channel = self._step(step)
         return channel
 
+    def start_session(self, target: DeviceState) -> DataChannel:
+        """Go to target, a state that holds a data session, as set_state(). Returns its channel."""
+        channel = self.set_state(target)
+        if channel is None:
+            raise DeviceIOError(
+                f"{self.name}: there is no data session in {target.name}", device=self.name
+            )
+        return channel
+
     def path_to(self, target: DeviceState) -> tuple[DeviceState, ...]:
         """Return the steps from the present state to target. Raises IllegalArcError if none are."""
         before = self.state()
@@ -184,7 +209,7 @@ class Device:
     @property
     def capability_names(self) -> str:
         """The capabilities as a person reads them: "STOP_COPY, P2P, PRE_COPY"."""
-        return ", ".join(bit.name or "" for bit in Capability if bit & self.capabilities)
+        return ", ".join(self.capabilities.names)
 
     def _step(self, target: DeviceState) -> DataChannel | None:
         before = self.state()

@@ -12,7 +12,6 @@ from vfiomig.errors import (
     DeviceIOError,
     DeviceLostError,
     MigrationError,
-    OutOfSyncError,
     StreamError,
     StreamMismatchError,
 )
@@ -139,9 +138,7 @@ class _Loading:
 
     def _transfer(self, incoming: Incoming) -> None:
         with self._phase("load", incoming):
-            channel = self._device.set_state(DeviceState.RESUMING)
-            if channel is None:  # Device.set_state() promises one for this state
-                raise DeviceIOError(f"{self._device.name}: no data session", actual=None)
+            channel = self._device.start_session(DeviceState.RESUMING)
             self._data_fd = channel.fileno()
             self._recorder.check()
             told = 0
@@ -173,15 +170,7 @@ class _Loading:
     def _commit(self) -> None:
         # After a reset by somebody else RUNNING -> STOP succeeds too, and loads nothing. Between
         # this look and the SET a short window stays: the kernel has no means to close it.
-        actual = self._device.state()
-        if actual is not DeviceState.RESUMING:
-            raise OutOfSyncError(
-                f"{self._device.name}: out of sync: somebody else reset it before the commit",
-                device=self._device.name,
-                errno=errno.EBADF,
-                wanted=DeviceState.STOP,
-                actual=actual,
-            )
+        self._device.check_session(DeviceState.RESUMING, DeviceState.STOP)
         self._device.set_state(DeviceState.STOP)
 
     def _write_failed(self, channel: DataChannel, err: OSError) -> MigrationError:

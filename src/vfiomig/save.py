@@ -16,7 +16,6 @@ from vfiomig.errors import (
     DeviceIOError,
     DeviceLostError,
     MigrationError,
-    OutOfSyncError,
     ResourceLimitError,
 )
 from vfiomig.framing import native, qemu
@@ -26,7 +25,7 @@ from vfiomig.outgoing import NativeOutgoing, Outgoing, QemuOutgoing
 from vfiomig.recorder import PROGRESS_NS, Recorder
 from vfiomig.report import OnEvent, TransferReport
 from vfiomig.transport import Stream, Target, open_sink
-from vfiomig.uapi import Capability, DeviceState
+from vfiomig.uapi import DeviceState
 from vfiomig.worker import Cancellation, run_shielded
 
 
@@ -106,29 +105,26 @@ class _Saving:
 
     def _manifest(self, length: int | None) -> Manifest:
         device = self._device
-        names = tuple(bit.name or "" for bit in Capability if bit & device.capabilities)
-        entry = DeviceEntry(device.name, device.identity, names, length)
+        entry = DeviceEntry(device.name, device.identity, device.capabilities.names, length)
         created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         return Manifest(created, f"vfiomig {__version__}", (entry,))
 
     def _copy_all(self) -> None:
-        channel = None
         if self._options.pre_copy is not None and self._start_state is DeviceState.RUNNING:
             with self._phase("pre-copy"):
                 self._device.set_precopy_info_v2()
-                channel = self._channel(self._device.set_state(DeviceState.PRE_COPY))
+                channel = self._channel(DeviceState.PRE_COPY)
                 self._pre_copy(channel, self._options.pre_copy)
         self._stopping_ns = time.monotonic_ns()
         with self._phase("stop-copy"):
-            channel = self._channel(self._device.set_state(DeviceState.STOP_COPY))
+            channel = self._channel(DeviceState.STOP_COPY)
             self._in_sink(self._framing.begin_stop_copy)
             self._stop_copy(channel)
 
-    def _channel(self, channel: DataChannel | None) -> DataChannel:
+    def _channel(self, state: DeviceState) -> DataChannel:
+        channel = self._device.start_session(state)
         self._recorder.check()
         self._cancellation.check()
-        if channel is None:  # Device.set_state() promises one for these states
-            raise DeviceIOError(f"{self._device.name}: no data session", device=self._device.name)
         return channel
 
     def _pre_copy(self, channel: DataChannel, limits: PreCopyLimits) -> None:
@@ -138,7 +134,10 @@ class _Saving:
             try:
                 info = channel.precopy_info()
             except OSError as err:
-                raise self._device_failed("does not tell its pre-copy sizes", err) from err
+                what = "does not tell its pre-copy sizes"
+                if err.errno == errno.ENODEV:  # linux/vfio.h: the session is dead
+                    what += f", it {self._reset_at()}"
+                raise self._device_failed(what, err) from err
             if info.initial_bytes == info.dirty_bytes == 0:
                 return
             before = self._writer.device_bytes
@@ -163,16 +162,7 @@ class _Saving:
                 device=self._device.name,
                 hint="raise the limit with --max-state, or look for an endless driver",
             )
-        state = self._device.state()
-        if state is not DeviceState.STOP_COPY:
-            raise OutOfSyncError(
-                f"{self._device.name}: out of sync: it is in {state.name} after the last byte;"
-                " somebody else reset it",
-                device=self._device.name,
-                errno=errno.EBADF,
-                wanted=DeviceState.STOP_COPY,
-                actual=state,
-            )
+        self._device.check_session(DeviceState.STOP_COPY, DeviceState.STOP_COPY)
         if self._writer.device_bytes == 0:
             self._recorder.warn("the device gave no state at all: 0 bytes")
 
@@ -229,13 +219,17 @@ class _Saving:
         return self._read_failed(err)
 
     def _read_failed(self, cause: OSError) -> MigrationError:
-        at, expected = self._writer.device_bytes, self._recorder.expected_bytes
-        of = f" of about {expected}" if expected else ""
         if cause.errno == errno.ENODEV:
-            return self._device_failed(
-                f"was reset during the copy, at byte {at}{of}; its state is gone", cause
-            )
-        return self._device_failed(f"failed at byte {at}{of} of its state", cause)
+            return self._device_failed(self._reset_at(), cause)
+        return self._device_failed(f"failed at {self._position()} of its state", cause)
+
+    def _reset_at(self) -> str:
+        return f"was reset during the copy, at {self._position()}; its state is gone"
+
+    def _position(self) -> str:
+        expected = self._recorder.expected_bytes
+        of = f" of about {expected}" if expected else ""
+        return f"byte {self._writer.device_bytes}{of}"
 
     def _device_failed(self, what: str, cause: OSError) -> MigrationError:
         return DeviceIOError(

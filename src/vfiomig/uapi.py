@@ -54,6 +54,11 @@ class Capability(IntFlag):
     P2P = 1 << 1
     PRE_COPY = 1 << 2
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the known bits that are set."""
+        return tuple(bit.name or "" for bit in Capability if bit & self)
+
 
 class Feature(IntFlag):
     """flags of struct vfio_device_feature; the low 16 bits are the number of the feature."""

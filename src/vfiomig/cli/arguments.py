@@ -10,6 +10,7 @@ from vfiomig.backends import open_device, opens_by_name
 from vfiomig.cli.output import Output
 from vfiomig.device import Device
 from vfiomig.errors import UsageError
+from vfiomig.options import DEFAULT_BUFFER_BYTES, DEFAULT_MAX_STATE_BYTES
 from vfiomig.uapi import DeviceState
 
 T = TypeVar("T")
@@ -48,10 +49,18 @@ def add_transfer_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to leave the device in (default: run)",
     )
     parser.add_argument(
-        "--buffer", type=size, metavar="SIZE", help="bytes of one read, 4K to 128M (default: 1M)"
+        "--buffer",
+        type=size,
+        default=DEFAULT_BUFFER_BYTES,
+        metavar="SIZE",
+        help="bytes of one read, 4K to 128M (default: 1M)",
     )
     parser.add_argument(
-        "--max-state", type=size, metavar="SIZE", help="the largest state to accept (default: 1T)"
+        "--max-state",
+        type=size,
+        default=DEFAULT_MAX_STATE_BYTES,
+        metavar="SIZE",
+        help="the largest state to accept (default: 1T)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, change no state, write nothing"

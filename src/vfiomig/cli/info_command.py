@@ -20,7 +20,6 @@ from vfiomig.cli.output import Output, table
 from vfiomig.device import Device
 from vfiomig.quantities import format_size
 from vfiomig.sysfs import HostDevice
-from vfiomig.uapi import Capability
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,8 +75,7 @@ def _model(device: Device) -> str:
 
 def _ask(device: Device, values: dict[str, object], rows: list[tuple[str, str]]) -> int:
     state, length = device.state(), device.stop_copy_length()
-    names = [bit.name for bit in Capability if bit & device.capabilities]
-    values |= {"protocol": "v2", "capabilities": names, "state": state.name}
+    values |= {"protocol": "v2", "capabilities": device.capabilities.names, "state": state.name}
     values |= {"stop_copy_length": length}
     told = "it does not tell" if length is None else f"about {format_size(length)} ({length} bytes)"
     rows += [

@@ -10,7 +10,6 @@ examples:
 """
 
 import argparse
-import dataclasses
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -69,6 +68,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             device.reset()
         with Watch(out) as watch:
             report = load(source, device, options, on_event=watch)
+            watch.finished(report.device_bytes)
         _keep_config(config, report.config, out)
     where = "standard input" if from_stdin else args.file
     out.result(
@@ -80,12 +80,12 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 def _options(args: argparse.Namespace) -> LoadOptions:
     fields = frozenset(field for field in args.allow_mismatch.split(",") if field)
-    options = LoadOptions(after=args.after, allow_mismatch=fields)
-    if args.buffer is not None:
-        options = dataclasses.replace(options, buffer_bytes=args.buffer)
-    if args.max_state is not None:
-        options = dataclasses.replace(options, max_state_bytes=args.max_state)
-    return options
+    return LoadOptions(
+        after=args.after,
+        allow_mismatch=fields,
+        buffer_bytes=args.buffer,
+        max_state_bytes=args.max_state,
+    )
 
 
 def _dry_run(args: argparse.Namespace, out: Output, device: Device, options: LoadOptions) -> int:

@@ -10,7 +10,6 @@ examples:
 """
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -96,7 +95,7 @@ def _options(args: argparse.Namespace) -> SaveOptions:
     if args.framing == "native" and (args.idstr or args.no_digest):
         raise UsageError("--idstr and --no-digest belong to --framing qemu")
     limits = PreCopyLimits(args.pre_copy_rounds, args.pre_copy_time, args.pre_copy_bytes)
-    options = SaveOptions(
+    return SaveOptions(
         framing="native" if args.framing == "native" else QemuFraming(args.section_id, args.idstr),
         pre_copy=limits if args.pre_copy else None,
         after=args.after,
@@ -104,12 +103,9 @@ def _options(args: argparse.Namespace) -> SaveOptions:
         config=_read_config(args.config) if args.config else b"",
         digest=not args.no_digest,
         force=args.force,
+        buffer_bytes=args.buffer,
+        max_state_bytes=args.max_state,
     )
-    if args.buffer is not None:
-        options = dataclasses.replace(options, buffer_bytes=args.buffer)
-    if args.max_state is not None:
-        options = dataclasses.replace(options, max_state_bytes=args.max_state)
-    return options
 
 
 def _read_config(path: Path) -> bytes:

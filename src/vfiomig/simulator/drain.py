@@ -12,10 +12,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from vfiomig.fd import OwnedFd
-from vfiomig.simulator.faults import Action, Fault
+from vfiomig.simulator.faults import Fault
 from vfiomig.simulator.feeder import PIPE_BYTES, open_pipe, queued_bytes
 from vfiomig.simulator.profiles import Profile
-from vfiomig.simulator.session import Pacer, Session, os_error, start_thread
+from vfiomig.simulator.session import Pacer, Session, meet_faults, os_error, start_thread
 
 
 class PipedLoad(Session):
@@ -140,18 +140,10 @@ class PipedLoad(Session):
 
     def _meet_faults(self) -> bool:
         """Suffer what is due at this byte. Returns whether the session goes on."""
-        while self._faults and self._faults[0].byte <= self._taken_bytes:
-            fault = self._faults.popleft()
-            if not fault.take():
-                continue
-            if fault.action is Action.HANG:
-                self._pacer.pause(fault.duration_ns)
-                continue
-            if fault.action is Action.RESET:
-                self._reset()
-            self._fail(errno.ENODEV if fault.action is Action.RESET else fault.errno)
-            return False
-        return True
+        number = meet_faults(self._faults, self._taken_bytes, self._pacer, self._reset)
+        if number:
+            self._fail(number)
+        return not number
 
     def _fail(self, number: int) -> None:
         with self._change:

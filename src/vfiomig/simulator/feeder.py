@@ -17,8 +17,8 @@ from contextlib import ExitStack, suppress
 
 from vfiomig.channel import PrecopyInfo
 from vfiomig.fd import OwnedFd
-from vfiomig.simulator.faults import Action, Fault
-from vfiomig.simulator.session import Pacer, Session, os_error, start_thread
+from vfiomig.simulator.faults import Fault
+from vfiomig.simulator.session import Pacer, Session, meet_faults, os_error, start_thread
 from vfiomig.simulator.storage import reopened
 from vfiomig.simulator.updates import Segment
 
@@ -51,7 +51,7 @@ class PipedSave(Session):
         self._faults, self._ask, self._reset = deque(faults), ask, reset
         self._change = threading.Condition()
         self._segments: deque[Segment] = deque()
-        self._is_last = self._is_over = False
+        self._is_last = self._is_over = self._is_failure_told = False
         self._drained_errno = 0
         self._failure: OSError | None = None
         self._appended_bytes = self._fed_bytes = 0
@@ -87,13 +87,15 @@ class PipedSave(Session):
 
     def precopy_info(self) -> PrecopyInfo:
         """VFIO_MIG_GET_PRECOPY_INFO: ENODEV once the session is dead, else what the device says."""
-        if self._ended or self._is_over:
+        # Fed ahead of the reader: a fault that no read has met yet has not happened to it.
+        if self._ended or (self._is_over and self._is_failure_told):
             raise os_error(errno.ENODEV)
         return self._ask()
 
     def failure(self) -> OSError | None:
         """Return what the end of the pipe stands for: ENOMSG, a fault, ENODEV; None for the end."""
         with self._change:
+            self._is_failure_told |= self._is_over and self._failure is not None
             return super().failure() or self._failure
 
     def unread_bytes(self) -> int:
@@ -161,18 +163,10 @@ class PipedSave(Session):
 
     def _meet_faults(self) -> bool:
         """Suffer what is due at this byte. Returns whether there is something to feed."""
-        while self._is_fault_due():
-            fault = self._faults.popleft()
-            if not fault.take():
-                continue
-            if fault.action is Action.HANG:
-                self._pacer.pause(fault.duration_ns)
-                continue
-            if fault.action is Action.RESET:
-                self._reset()
-            self._fail(errno.ENODEV if fault.action is Action.RESET else fault.errno)
-            return False
-        return bool(self._segments)
+        number = meet_faults(self._faults, self._fed_bytes, self._pacer, self._reset)
+        if number:
+            self._fail(number)
+        return not number and bool(self._segments)
 
     def _fail(self, number: int) -> None:
         with self._change:

@@ -9,11 +9,13 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 from vfiomig.channel import PrecopyInfo
 from vfiomig.errors import StaleChannelError
 from vfiomig.fd import OwnedFd
+from vfiomig.simulator.faults import Action, Fault
 
 # How much a stream may catch up after a pause before its bandwidth limits it again.
 _BURST_NS = 20_000_000
@@ -139,6 +141,21 @@ class Pacer:
 def os_error(number: int) -> OSError:
     """Return the OSError of an errno."""
     return OSError(number, os.strerror(number))
+
+
+def meet_faults(faults: deque[Fault], at_byte: int, pacer: Pacer, reset: Callable[[], None]) -> int:
+    """Suffer the faults due at this byte. Returns the errno that ends the session, or 0."""
+    while faults and faults[0].byte <= at_byte:
+        fault = faults.popleft()
+        if not fault.take():
+            continue
+        if fault.action is Action.HANG:
+            pacer.pause(fault.duration_ns)
+            continue
+        if fault.action is Action.RESET:
+            reset()
+        return errno.ENODEV if fault.action is Action.RESET else fault.errno
+    return 0
 
 
 def start_thread(run: Callable[[], None], name: str) -> threading.Thread:

@@ -60,9 +60,7 @@ class Parameters:
             "size": str(self.size),
             "seed": str(self.seed),
             "zeros": str(self.zeros),
-            "capabilities": ",".join(
-                (bit.name or "").lower() for bit in Capability if bit & self.capabilities
-            ),
+            "capabilities": ",".join(self.capabilities.names).lower(),
             "dirty": str(self.dirty),
             "precopy_end": next(k for k, v in _ENDS.items() if v == self.drained_errno),
             "accept": self.accept.value,
