@@ -2,7 +2,7 @@
 BIN := .venv/bin
 # cython-lint calls pycodestyle by name.
 export PATH := $(abspath $(BIN)):$(PATH)
-SOURCES := pyproject.toml setup.py src/_fastcopy.pyx tools/setup
+SOURCES := pyproject.toml setup.py $(wildcard src/_fastcopy.pyx src/fastcopy/*) tools/setup
 LAB := $(BIN)/python tests/vm/lab.py
 KERNEL_TESTS := $(abspath $(BIN))/python -B -m pytest -p no:cacheprovider -q tests/kernel
 
@@ -16,7 +16,7 @@ test: lint test-host test-wheel test-vm
 lint: .venv/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/cython-lint src/_fastcopy.pyx
+	$(BIN)/cython-lint src/_fastcopy.pyx src/fastcopy/*.pxi
 	$(BIN)/mypy
 	$(BIN)/stubtest --ignore-missing-stub vfiomig._fastcopy
 

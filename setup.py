@@ -6,7 +6,9 @@ setup(
         [
             Extension(
                 "vfiomig._fastcopy",
-                ["src/_fastcopy.pyx"],
+                ["src/_fastcopy.pyx", "src/fastcopy/xxh3_avx2.c"],
+                include_dirs=["src/fastcopy"],
+                depends=["src/fastcopy/xxh3_avx2.h"],
                 extra_compile_args=["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter"],
             )
         ]

@@ -17,7 +17,9 @@ LEVELS = [
     {"quantities", "ioctl", "report", "worker", "sysfs"}
     | {"framing.manifest", "framing.native", "framing.qemu"},
     {"channel", "transport", "recorder", "doctor"},
-    {"device", "outgoing", "incoming", "options"},
+    {"device", "outgoing", "options", "incoming.checked"},
+    {"incoming.native_frames", "incoming.qemu_sections"},
+    {"incoming"},
     {"save", "load", "inspection", "lending", "backends.kernel"},
     # The simulator, which is a house of its own: what a name says, files, sessions, the device.
     {"simulator"},

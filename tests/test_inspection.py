@@ -12,7 +12,7 @@ import xxhash
 import stream_oracle as oracle
 from vfiomig.errors import CancelledError, LocalIOError, StreamError, StreamMismatchError
 from vfiomig.fd import OwnedFd
-from vfiomig.incoming import FrameInfo
+from vfiomig.incoming.checked import FrameInfo
 from vfiomig.inspection import diff, inspect
 from vfiomig.worker import Cancellation
 

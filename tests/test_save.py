@@ -23,7 +23,7 @@ from vfiomig import (
     inspect,
     save,
 )
-from vfiomig.incoming import FrameInfo
+from vfiomig.incoming.checked import FrameInfo
 from vfiomig.report import Warning as WarningEvent
 
 S = DeviceState

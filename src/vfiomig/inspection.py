@@ -9,7 +9,8 @@ from vfiomig._fastcopy import StreamReader
 from vfiomig.errors import CancelledError, MigrationError, StreamError, StreamMismatchError
 from vfiomig.fd import OwnedFd
 from vfiomig.framing.manifest import Manifest
-from vfiomig.incoming import FrameInfo, Incoming, OnFrame, open_incoming
+from vfiomig.incoming import Incoming, open_incoming
+from vfiomig.incoming.checked import OnFrame
 from vfiomig.options import DEFAULT_BUFFER_BYTES, DEFAULT_MAX_STATE_BYTES
 from vfiomig.transport import Stream, Target, open_source
 from vfiomig.worker import Cancellation, run_shielded
@@ -78,7 +79,6 @@ class _Inspecting:
     ) -> None:
         self._stream, self._max_state_bytes = stream, max_state_bytes
         self._on_frame, self._cancellation = on_frame, cancellation
-        self._pre_copy_bytes = self._zero_bytes = self._sound_bytes = 0
         self._reader = StreamReader(
             stream.fileno(), DEFAULT_BUFFER_BYTES, wake_fd=cancellation.fileno()
         )
@@ -87,9 +87,7 @@ class _Inspecting:
         incoming, problem = None, None
         try:
             incoming = open_incoming(self._reader, self._max_state_bytes)
-            self._sound_bytes = self._reader.offset
-            incoming.transfer(-1, self._frame)
-            self._sound_bytes = self._reader.offset
+            incoming.transfer(-1, self._on_frame)
         except StreamError as err:
             problem = err
         except StreamMismatchError as err:
@@ -101,23 +99,13 @@ class _Inspecting:
             raise self._stream.failed(err) from err
         return self._result(incoming, problem)
 
-    def _frame(self, frame: FrameInfo) -> None:
-        self._cancellation.check()
-        if not frame.whole:
-            return
-        self._sound_bytes = self._reader.offset
-        self._pre_copy_bytes += frame.length_bytes * ("PRE_COPY" in frame.detail)
-        self._zero_bytes += frame.length_bytes * (frame.kind == "ZEROS")
-        if self._on_frame is not None:
-            self._on_frame(frame)
-
     def _result(self, incoming: Incoming | None, problem: StreamError | None) -> Inspection:
         section = incoming.section if incoming else None
         return Inspection(
             name=self._stream.name,
             framing=incoming.framing if incoming else "",
             sound=problem is None,
-            sound_bytes=self._sound_bytes,
+            sound_bytes=incoming.sound_bytes if incoming else 0,
             device_bytes=incoming.device_bytes if incoming else 0,
             frames=incoming.frames if incoming else 0,
             digest=f"{incoming.digest:016x}" if incoming else "",
@@ -125,8 +113,8 @@ class _Inspecting:
             manifest=incoming.manifest if incoming else None,
             section_id=section.section_id if section else None,
             idstr=section.idstr if section else None,
-            pre_copy_bytes=self._pre_copy_bytes,
-            zero_bytes=self._zero_bytes,
+            pre_copy_bytes=incoming.pre_copy_bytes if incoming else 0,
+            zero_bytes=incoming.zero_bytes if incoming else 0,
             problem=str(problem) if problem else "",
             problem_offset=problem.offset if problem else None,
             code=problem.code if problem else 0,

@@ -16,7 +16,8 @@ from vfiomig.errors import (
     StreamMismatchError,
 )
 from vfiomig.framing.manifest import Manifest
-from vfiomig.incoming import FrameInfo, Incoming, open_incoming
+from vfiomig.incoming import Incoming, open_incoming
+from vfiomig.incoming.checked import FrameInfo
 from vfiomig.options import LoadOptions
 from vfiomig.recorder import Recorder
 from vfiomig.report import OnEvent, TransferReport
@@ -143,17 +144,20 @@ class _Loading:
             self._recorder.check()
             told = 0
 
-            def tell(frame: FrameInfo) -> None:
+            def tell() -> None:
+                self._recorder.copied("load", incoming.device_bytes)
+
+            def tell_chunk(_: FrameInfo) -> None:
                 nonlocal told
                 moved = incoming.device_bytes
-                self._recorder.copied("load", moved)
-                if self._options.chunk_events and moved > told:
+                if moved > told:
                     self._recorder.chunk(told, moved - told)
                 told = moved
                 self._cancellation.check()
 
+            on_frame = tell_chunk if self._options.chunk_events else None
             try:
-                incoming.transfer(self._data_fd, tell)
+                incoming.transfer(self._data_fd, on_frame, tell)
             except OSError as err:
                 self._recorder.check()  # it may be what on_event raised
                 if self._reader.failed_fd == self._data_fd:
@@ -227,5 +231,7 @@ class _Loading:
             phases=tuple(self._recorder.phases),
             state_changes=tuple(self._recorder.state_changes),
             warnings=tuple(self._recorder.warnings),
+            buffer_bytes=self._reader.buffer_bytes,
+            zero_bytes=incoming.zero_bytes,
             config=incoming.config,
         )

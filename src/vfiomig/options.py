@@ -10,6 +10,11 @@ from vfiomig.uapi import Capability, DeviceState
 
 # QEMU's, hw/vfio/migration.c; 256 KiB to 4 MiB are one plateau (measured, Zen 4, 22 Nov 2026).
 DEFAULT_BUFFER_BYTES = 1 << 20
+# What a buffer grows to: the end of that plateau, 16 MiB for a ring of four.
+GROWN_BUFFER_BYTES = 4 << 20
+MAX_RING_SLOTS = 64
+# Writes in flight past the page cache: at least 4, docs/benchmarks (O_DIRECT).
+DURABLE_WRITES = 4
 # Ours: no device has as much; what says that it does is broken.
 DEFAULT_MAX_STATE_BYTES = 1 << 40
 _PCI_ADDRESS = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
@@ -54,6 +59,13 @@ class SaveOptions:
     RUNNING or STOP, what to leave the device in. from_stop: also accept a device in STOP.
     config: an opaque blob that travels with the state. digest: False, with qemu framing only, skips
     the digest and lets the kernel splice where source and sink can. force: replace a file.
+
+    buffer_bytes: of one read of the device; None: 1 MiB, or 4 MiB when the first reads show that
+    they have a high fixed cost (qemu framing: QEMU's rule). ring_slots: buffers between the thread
+    that reads and the one that writes; 1: one thread does both. elide_zeros: native framing: runs
+    of zeros do not travel. durable: a path is written past the page cache (O_DIRECT), several
+    writes at a time, while the device is stopped; else it is synced when the device runs again.
+    bytes_per_s: 0, or the most to write to the stream in a second.
     """
 
     framing: str | QemuFraming = "native"
@@ -63,7 +75,11 @@ class SaveOptions:
     config: bytes = b""
     digest: bool = True
     force: bool = False
-    buffer_bytes: int = DEFAULT_BUFFER_BYTES
+    buffer_bytes: int | None = None
+    ring_slots: int = 4
+    elide_zeros: bool = True
+    durable: bool = False
+    bytes_per_s: int = 0
     max_state_bytes: int = DEFAULT_MAX_STATE_BYTES
     chunk_events: bool = False
 
@@ -71,7 +87,11 @@ class SaveOptions:
         """Raise UsageError or NotMigratableError for what cannot work."""
         if self.framing != "native" and not isinstance(self.framing, QemuFraming):
             raise UsageError(f"unknown framing {self.framing!r}: native or qemu")
-        _check_common(self.after, self.buffer_bytes)
+        _check_common(self.after, self.buffer_bytes or DEFAULT_BUFFER_BYTES)
+        if not 1 <= self.ring_slots <= MAX_RING_SLOTS:
+            raise UsageError(f"a ring of {self.ring_slots} slots: 1 to {MAX_RING_SLOTS}")
+        if self.bytes_per_s < 0:
+            raise UsageError(f"a rate of {self.bytes_per_s} bytes per second")
         if self.framing == "native" and not self.digest:
             raise UsageError("native framing always carries its digest")
         if isinstance(self.framing, QemuFraming):

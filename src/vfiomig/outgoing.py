@@ -6,7 +6,7 @@ from vfiomig._fastcopy import Digest, FrameWriter, Template
 from vfiomig.errors import UsageError
 from vfiomig.framing import native, qemu
 from vfiomig.framing.manifest import Manifest
-from vfiomig.framing.native import FrameKind
+from vfiomig.framing.native import FrameFlag, FrameKind
 
 
 class Outgoing(Protocol):
@@ -35,11 +35,15 @@ class Outgoing(Protocol):
 class NativeOutgoing:
     """docs/stream-format.md. Digest is not optional here."""
 
-    def __init__(self, writer: FrameWriter, manifest: Manifest, align: int) -> None:
+    def __init__(
+        self, writer: FrameWriter, manifest: Manifest, align: int, *, elide_zeros: bool
+    ) -> None:
         self._writer, self._manifest, self._align = writer, manifest, align
-        flags = native.FrameFlag.PRE_COPY
-        self.pre_copy = native.template(FrameKind.DATA, align, flags=flags)
-        self.stop_copy = native.template(FrameKind.DATA, align)
+        templates = [
+            native.template(FrameKind.DATA, align, flags=flags, elide_zeros=elide_zeros)
+            for flags in (FrameFlag.PRE_COPY, FrameFlag(0))
+        ]
+        self.pre_copy, self.stop_copy = templates
 
     def begin(self) -> None:
         """Write the prologue and the manifest."""

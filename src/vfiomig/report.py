@@ -79,6 +79,9 @@ class TransferReport:
     device's bytes in order, 16 hex digits, the same on both sides and in both framings; "" if off.
     state: what the device was left in. stopped_ns: how long it was not RUNNING (save), or how long
     it was on its way (load); None when it was left stopped. config: the opaque blob that travelled.
+    buffer_bytes: what one read asked for in the end. zero_bytes: of device_bytes, those that did
+    not travel, or are holes in the file. spliced_bytes: those the kernel spliced.
+    direct_bytes: of stream_bytes, those written past the page cache.
     """
 
     device: str
@@ -93,7 +96,10 @@ class TransferReport:
     phases: tuple[Phase, ...] = ()
     state_changes: tuple[StateChange, ...] = ()
     warnings: tuple[str, ...] = ()
+    buffer_bytes: int = 0
+    zero_bytes: int = 0
     spliced_bytes: int = 0
+    direct_bytes: int = 0
     config: bytes = field(default=b"", repr=False)
 
     def as_dict(self) -> dict[str, object]:

@@ -17,10 +17,18 @@ from vfiomig.errors import (
     DeviceLostError,
     MigrationError,
     ResourceLimitError,
+    UsageError,
 )
 from vfiomig.framing import native, qemu
 from vfiomig.framing.manifest import DeviceEntry, Manifest
-from vfiomig.options import PreCopyLimits, QemuFraming, SaveOptions
+from vfiomig.options import (
+    DEFAULT_BUFFER_BYTES,
+    DURABLE_WRITES,
+    GROWN_BUFFER_BYTES,
+    PreCopyLimits,
+    QemuFraming,
+    SaveOptions,
+)
 from vfiomig.outgoing import NativeOutgoing, Outgoing, QemuOutgoing
 from vfiomig.recorder import PROGRESS_NS, Recorder
 from vfiomig.report import OnEvent, TransferReport
@@ -47,7 +55,14 @@ def save(
     in: RUNNING with its state, RUNNING after a reset, or (DeviceLostError) neither.
     """
     options.check(device.name, device.capabilities)
-    with closing(Cancellation()) as own, open_sink(target, force=options.force) as sink:
+    # QEMU's records have no alignment that O_DIRECT could take.
+    direct = options.durable and options.framing == "native"
+    with (
+        closing(Cancellation()) as own,
+        open_sink(target, force=options.force, direct=direct) as sink,
+    ):
+        if options.durable and not sink.is_new_file:
+            raise UsageError(f"{sink.name} is no file that is made anew: only such can be durable")
         stop = cancellation or own
         job = _Saving(device, sink, options, on_event, stop)
         return run_shielded(job.run, stop)
@@ -93,15 +108,34 @@ class _Saving:
             raise
 
     def _open(self, length: int | None) -> tuple[FrameWriter, Outgoing]:
-        options, wake_fd = self._options, self._cancellation.fileno()
+        options, is_file = self._options, self._sink.is_file
         if isinstance(options.framing, QemuFraming):
             section = options.framing.section(self._device.name)
-            size = min(options.buffer_bytes, qemu.record_bytes(length))
-            writer = FrameWriter(self._sink.fileno(), size, wake_fd=wake_fd)
+            size = min(options.buffer_bytes or DEFAULT_BUFFER_BYTES, qemu.record_bytes(length))
+            writer = self._new_writer(size, 0, leave_holes=self._sink.is_new_file)
             return writer, QemuOutgoing(writer, section)
-        writer = FrameWriter(self._sink.fileno(), options.buffer_bytes, wake_fd=wake_fd)
-        align = native.FILE_ALIGN if self._sink.is_file else native.PIPE_ALIGN
-        return writer, NativeOutgoing(writer, self._manifest(length), align)
+        if options.buffer_bytes is None:
+            writer = self._new_writer(DEFAULT_BUFFER_BYTES, GROWN_BUFFER_BYTES, leave_holes=False)
+        else:
+            writer = self._new_writer(options.buffer_bytes, 0, leave_holes=False)
+        align = native.FILE_ALIGN if is_file else native.PIPE_ALIGN
+        manifest = self._manifest(length)
+        return writer, NativeOutgoing(writer, manifest, align, elide_zeros=options.elide_zeros)
+
+    def _new_writer(self, buffer_bytes: int, grown_bytes: int, *, leave_holes: bool) -> FrameWriter:
+        options = self._options
+        in_flight = DURABLE_WRITES if self._sink.is_direct else 1
+        writer = FrameWriter(
+            self._sink.fileno(),
+            buffer_bytes,
+            wake_fd=self._cancellation.fileno(),
+            ring_slots=max(options.ring_slots, 2 * in_flight if in_flight > 1 else 1),
+            writers=in_flight,
+            grown_bytes=grown_bytes,
+            leave_holes=leave_holes,
+        )
+        writer.bytes_per_s = options.bytes_per_s
+        return writer
 
     def _manifest(self, length: int | None) -> Manifest:
         device = self._device
@@ -250,6 +284,8 @@ class _Saving:
         self._resume(self._options.after)
         with self._phase("commit"):
             self._in_sink(lambda: self._framing.end(self._options.config, self._digest))
+            if self._options.durable and not self._writer.direct_bytes:
+                self._recorder.warn("written through the page cache: O_DIRECT cannot be used here")
             self._cancellation.check()
             self._sink.commit()
         return self._report()
@@ -289,6 +325,9 @@ class _Saving:
             phases=tuple(recorder.phases),
             state_changes=tuple(recorder.state_changes),
             warnings=tuple(recorder.warnings),
+            buffer_bytes=self._writer.buffer_bytes,
+            zero_bytes=self._writer.zero_bytes,
             spliced_bytes=self._writer.spliced_bytes,
+            direct_bytes=self._writer.direct_bytes,
             config=self._options.config,
         )

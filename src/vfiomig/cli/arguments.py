@@ -10,7 +10,7 @@ from vfiomig.backends import open_device, opens_by_name
 from vfiomig.cli.output import Output
 from vfiomig.device import Device
 from vfiomig.errors import UsageError
-from vfiomig.options import DEFAULT_BUFFER_BYTES, DEFAULT_MAX_STATE_BYTES
+from vfiomig.options import DEFAULT_MAX_STATE_BYTES
 from vfiomig.uapi import DeviceState
 
 T = TypeVar("T")
@@ -29,6 +29,7 @@ def typed(parse: Callable[[str], T]) -> Callable[[str], T]:
 
 
 size = typed(quantities.parse_size)
+rate = typed(quantities.parse_rate)
 duration = typed(quantities.parse_duration)
 
 
@@ -47,13 +48,6 @@ def add_transfer_arguments(parser: argparse.ArgumentParser) -> None:
         default=DeviceState.RUNNING,
         metavar="run|stop",
         help="what to leave the device in (default: run)",
-    )
-    parser.add_argument(
-        "--buffer",
-        type=size,
-        default=DEFAULT_BUFFER_BYTES,
-        metavar="SIZE",
-        help="bytes of one read, 4K to 128M (default: 1M)",
     )
     parser.add_argument(
         "--max-state",

@@ -12,7 +12,7 @@ import argparse
 import sys
 
 from vfiomig.cli.output import Output, printable, table
-from vfiomig.incoming import FrameInfo
+from vfiomig.incoming.checked import FrameInfo
 from vfiomig.inspection import Inspection, inspect
 from vfiomig.quantities import format_size
 

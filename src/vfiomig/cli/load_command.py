@@ -22,7 +22,7 @@ from vfiomig.device import Device
 from vfiomig.errors import StreamError, UsageError
 from vfiomig.inspection import inspect
 from vfiomig.load import check_identity, load
-from vfiomig.options import LoadOptions
+from vfiomig.options import DEFAULT_BUFFER_BYTES, LoadOptions
 from vfiomig.transport import Stream, open_sink
 from vfiomig.uapi import DeviceState
 
@@ -34,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "device", metavar="DEVICE", help="the device; vfiomig --help says how named"
     )
     arguments.add_transfer_arguments(parser)
+    parser.add_argument(
+        "--buffer",
+        type=arguments.size,
+        default=DEFAULT_BUFFER_BYTES,
+        metavar="SIZE",
+        help="bytes of one read of the stream, 4K to 128M (default: 1M)",
+    )
     parser.add_argument(
         "--allow-mismatch",
         metavar="FIELD,…",

@@ -19,7 +19,7 @@ from vfiomig.cli.transfer_text import transfer_text
 from vfiomig.cli.watch import Watch
 from vfiomig.errors import LocalIOError, UsageError
 from vfiomig.options import PreCopyLimits, QemuFraming, SaveOptions
-from vfiomig.quantities import format_size
+from vfiomig.quantities import format_size, parse_size
 from vfiomig.save import save
 from vfiomig.transport import open_sink
 from vfiomig.uapi import DeviceState
@@ -43,15 +43,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-digest", action="store_true", help="qemu framing: no digest; splices where it can"
     )
-    group = parser.add_argument_group("pre-copy (read while the device runs; bounded)")
-    group.add_argument("--pre-copy", action="store_true", help="PRE_COPY rounds before STOP_COPY")
-    limits = PreCopyLimits()
-    group.add_argument("--pre-copy-rounds", type=int, default=limits.rounds, metavar="N")
+    defaults = SaveOptions()
+    group = parser.add_argument_group("speed")
     group.add_argument(
-        "--pre-copy-time", type=arguments.duration, default=limits.duration_ns, metavar="TIME"
+        "--buffer",
+        type=arguments.typed(_buffer),
+        default=defaults.buffer_bytes,
+        metavar="auto|SIZE",
+        help="bytes of one read, 4K to 128M (default: auto, which is 1M unless reads are slow to"
+        " begin: then 4M)",
     )
     group.add_argument(
-        "--pre-copy-bytes", type=arguments.size, default=limits.device_bytes, metavar="SIZE"
+        "--ring",
+        type=int,
+        default=defaults.ring_slots,
+        metavar="N",
+        help="buffers between the thread that reads and the one that writes; 1: one thread"
+        f" (default: {defaults.ring_slots})",
+    )
+    group.add_argument(
+        "--bandwidth",
+        type=arguments.rate,
+        default=0,
+        metavar="RATE",
+        help="the most to write: 25Gbit",
+    )
+    group.add_argument(
+        "--durable",
+        action="store_true",
+        help="write FILE past the page cache while the device is stopped: less CPU and done sooner;"
+        " else it is synced when the device runs again",
+    )
+    group.add_argument(
+        "--keep-zeros", action="store_true", help="native framing: send runs of zeros as they are"
+    )
+    group = parser.add_argument_group("pre-copy (read while the device runs; bounded)")
+    group.add_argument("--pre-copy", action="store_true", help="PRE_COPY rounds before STOP_COPY")
+    pre_copy = PreCopyLimits()
+    group.add_argument("--pre-copy-rounds", type=int, default=pre_copy.rounds, metavar="N")
+    group.add_argument(
+        "--pre-copy-time", type=arguments.duration, default=pre_copy.duration_ns, metavar="TIME"
+    )
+    group.add_argument(
+        "--pre-copy-bytes", type=arguments.size, default=pre_copy.device_bytes, metavar="SIZE"
     )
 
 
@@ -91,9 +125,15 @@ def run(args: argparse.Namespace, out: Output) -> int:
     return 0
 
 
+def _buffer(text: str) -> int | None:
+    return None if text == "auto" else parse_size(text)
+
+
 def _options(args: argparse.Namespace) -> SaveOptions:
     if args.framing == "native" and (args.idstr or args.no_digest):
         raise UsageError("--idstr and --no-digest belong to --framing qemu")
+    if args.framing == "qemu" and args.keep_zeros:
+        raise UsageError("--keep-zeros belongs to --framing native: QEMU's keeps them always")
     limits = PreCopyLimits(args.pre_copy_rounds, args.pre_copy_time, args.pre_copy_bytes)
     return SaveOptions(
         framing="native" if args.framing == "native" else QemuFraming(args.section_id, args.idstr),
@@ -104,6 +144,10 @@ def _options(args: argparse.Namespace) -> SaveOptions:
         digest=not args.no_digest,
         force=args.force,
         buffer_bytes=args.buffer,
+        ring_slots=args.ring,
+        elide_zeros=not args.keep_zeros,
+        durable=args.durable,
+        bytes_per_s=args.bandwidth,
         max_state_bytes=args.max_state,
     )
 

@@ -24,6 +24,10 @@ def transfer_text(headline: str, report: TransferReport) -> str:
     ]
     if report.stopped_ns is not None:
         rows.append(("stopped", f"{format_duration(report.stopped_ns)} from RUNNING to RUNNING"))
+    if report.zero_bytes:
+        rows.append(("zeros", f"{format_size(report.zero_bytes)} of the state, not carried along"))
+    if report.direct_bytes:
+        rows.append(("direct", f"{format_size(report.direct_bytes)} past the page cache"))
     if report.spliced_bytes:
         rows.append(("spliced", format_size(report.spliced_bytes)))
     rows.append(("device", f"{report.device} is {report.state.name}"))

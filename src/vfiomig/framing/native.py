@@ -23,7 +23,7 @@ FILE_ALIGN, PIPE_ALIGN = 4096, 64
 _PROLOGUE = struct.Struct("<8sIIQ32sQ")  # magic, version, align, flags, reserved, checksum
 _HEADER = struct.Struct("<4sBBHQQQ24sQ")
 _TOTALS = struct.Struct("<QQ")  # trailer: frames, devices; then for each device: bytes, digest
-_KIND_AT, _SEQUENCE_AT, _LENGTH_AT, _CHECKSUM_AT, _CHAIN_AT = 4, 8, 16, 24, 56
+_KIND_AT, _FLAGS_AT, _SEQUENCE_AT, _LENGTH_AT, _CHECKSUM_AT, _CHAIN_AT = 4, 5, 8, 16, 24, 56
 
 
 class FrameKind(IntEnum):
@@ -157,11 +157,19 @@ def next_chain(header: bytes) -> int:
 
 
 def template(
-    kind: FrameKind, align: int, *, flags: FrameFlag | int = 0, device: int = 0
+    kind: FrameKind,
+    align: int,
+    *,
+    flags: FrameFlag | int = 0,
+    device: int = 0,
+    elide_zeros: bool = True,
 ) -> Template:
-    """Return how the copy loop frames a chunk of this kind."""
+    """Return how frames of this kind look to the copy loop, whether it writes or reads them.
+
+    elide_zeros: DATA also stands for ZEROS, and a chunk with runs of zeros becomes several frames.
+    """
     head = _HEADER.pack(FRAME_MAGIC, kind, flags, device, 0, 0, 0, bytes(24), 0)
-    on_device = kind in DEVICE_KINDS
+    elide = elide_zeros and kind in DEVICE_KINDS
     return Template(
         head,
         align=align,
@@ -170,5 +178,8 @@ def template(
         checksum_at=_CHECKSUM_AT,
         chain_at=_CHAIN_AT,
         kind_at=_KIND_AT,
-        zeros_kind=FrameKind.ZEROS if on_device else -1,
+        zeros_kind=FrameKind.ZEROS if elide else -1,
+        flags_at=_FLAGS_AT,
+        continued=FrameFlag.CONTINUED if elide else 0,
+        largest_bytes=_MAX_PAYLOAD[kind],
     )

@@ -1,0 +1,530 @@
+cdef enum:
+    # The shortest run of zeros worth a frame of its own: in a file, two frames take two pages more.
+    RUN_BYTES = 16384
+    # Below it a second thread costs more than it brings (starting one, and its slots' first touch).
+    THREADED_FROM_BYTES = 4194304
+    # The reads that are timed to choose a buffer: two of them first, then small and full in turn.
+    TIMED_READS = 8
+
+
+def is_fixed_cost_high(uint64_t quarter_ns, uint64_t full_ns):
+    """Whether a read's fixed cost is above a tenth of what a full one takes.
+
+    quarter_ns: the time of a read of a quarter of the bytes. Then a larger buffer pays.
+    """
+    return _is_fixed_cost_high(quarter_ns, full_ns)
+
+
+cdef bint _is_fixed_cost_high(uint64_t quarter_ns, uint64_t full_ns) noexcept nogil:
+    # full = fixed + 4 * moving, quarter = fixed + moving; so 3 * fixed = 4 * quarter - full.
+    return 4 * quarter_ns > full_ns and (4 * quarter_ns - full_ns) * 10 > 3 * full_ns
+
+
+cdef bint _is_zero(const unsigned char *data, size_t count) noexcept nogil:
+    # Equal to itself shifted by one, and the first byte zero: libc's vector speed.
+    return data[0] == 0 and memcmp(data, data + 1, count - 1) == 0
+
+
+cdef size_t _zero_run(
+    const unsigned char *data, size_t start, size_t count, size_t *end
+) noexcept nogil:
+    """Return where the next run of zeros worth leaving out begins, count if none does.
+
+    From start on, a page boundary; *end is where the run ends. A chunk that is all zero is a run.
+    """
+    cdef size_t at
+    while start < count:
+        at = start
+        while at < count and _is_zero(data + at, min(<size_t>PAGE, count - at)):
+            at = min(at + PAGE, count)
+        if at - start >= RUN_BYTES or (start == 0 and at == count):
+            end[0] = at
+            return start
+        start = at + PAGE
+    end[0] = count
+    return count
+
+
+@cython.final
+cdef class FrameWriter:
+    """Device to stream: reads chunks, and writes each as a frame, or as some where runs are zero.
+
+    ring_slots: how many buffers; with more than one, a thread of our own writes what copy() reads,
+    once 4 MiB have passed. writers: that many such threads, each with pwrite() at its own place of
+    a file (for O_DIRECT; where it is refused, the page cache serves). grown_bytes: 0, or the size
+    to which buffers grow when the first reads show that they have a high fixed cost. leave_holes:
+    out_fd is a new file, where runs of zeros that travel as payload may stay unwritten.
+
+    One thread at a time. Counters may be read from any thread, and survive an exception: they say
+    how far it got. bytes_per_s may be set from any thread: 0, or the most to write in a second.
+    failed_fd: the descriptor whose call raised the last OSError, or -1.
+    """
+    cdef Ring ring
+    cdef int writers, timed_reads, owner_pid
+    cdef bint leave_holes, tried_threads
+    cdef size_t grown_bytes
+    cdef uint64_t quarter_ns, full_ns, due_ns
+    cdef int[2] pipe_fds
+    cdef size_t pipe_bytes
+    cdef readonly size_t buffer_bytes
+    cdef readonly uint64_t device_bytes, zero_bytes, frames, spliced_bytes
+    cdef readonly int failed_fd
+    cdef public uint64_t sequence, chain, bytes_per_s
+
+    def __cinit__(
+        self, int out_fd, size_t buffer_bytes, *, int wake_fd=-1, int ring_slots=1, int writers=1,
+        size_t grown_bytes=0, bint leave_holes=False,
+    ):
+        self.pipe_fds[0] = self.pipe_fds[1] = self.failed_fd = self.ring.stop_fd = -1
+        if not PAGE <= buffer_bytes <= <size_t>1 << 40:
+            raise ValueError(f"a buffer of {buffer_bytes} bytes")
+        if not 1 <= ring_slots <= 1024 or not 1 <= writers <= max(ring_slots - 1, 1):
+            raise ValueError(f"{writers} writers and {ring_slots} slots")
+        self.ring.slots = <Slot *>calloc(ring_slots, sizeof(Slot))
+        self.ring.threads = <pthread_t *>calloc(writers, sizeof(pthread_t))
+        if self.ring.slots == NULL or self.ring.threads == NULL:
+            raise MemoryError()
+        if _give_memory(&self.ring, 1, buffer_bytes):
+            raise MemoryError()
+        self.ring.depth, self.ring.out_fd, self.ring.wake_fd = ring_slots, out_fd, wake_fd
+        self.ring.to_socket, self.ring.direct = is_socket(out_fd), is_direct(out_fd)
+        self.ring.positional = writers > 1
+        if self.ring.positional:
+            self.ring.offset = lseek(out_fd, 0, SEEK_CUR)
+        self.writers, self.leave_holes, self.buffer_bytes = writers, leave_holes, buffer_bytes
+        self.grown_bytes, self.owner_pid = grown_bytes, getpid()
+        if grown_bytes <= buffer_bytes:
+            self.timed_reads = TIMED_READS
+        self.quarter_ns = self.full_ns = <uint64_t>-1
+
+    def __dealloc__(self):
+        if self.owner_pid == getpid():  # threads do not survive a fork
+            _stop_threads(&self.ring)
+        _take_memory(&self.ring)
+        free(self.ring.slots)
+        free(self.ring.threads)
+        self._close_pipe()
+
+    @property
+    def stream_bytes(self):
+        """Bytes written so far, holes included."""
+        return self.ring.stream_bytes
+
+    @property
+    def direct_bytes(self):
+        """Of stream_bytes, those written past the page cache (O_DIRECT)."""
+        return self.ring.direct_bytes
+
+    def close(self):
+        """Stop the threads, whatever is still to be written. The writer is not used afterwards."""
+        with nogil:
+            _stop_threads(&self.ring)
+        self._close_pipe()
+
+    def flush(self):
+        """Wait until all that was read is written. Raises OSError, ECANCELED when woken."""
+        self._guarded(-1, None, 0, None, 0, False)
+
+    def put(self, const unsigned char[::1] data not None):
+        """Write data as it is. Blocks until it is taken. Raises OSError, ECANCELED when woken."""
+        cdef size_t at = 0, piece, count = data.shape[0]
+        cdef Slot *slot = &self.ring.slots[0]
+        self.flush()
+        while at < count:
+            piece = min(count - at, self.buffer_bytes)
+            memcpy(slot.memory + PAGE, &data[at], piece)
+            slot.count = 0
+            _add_piece(slot, slot.memory + PAGE, piece)
+            with nogil:
+                self._write_now(slot)
+            at += piece
+
+    def put_frame(self, Template template not None, const unsigned char[::1] data not None):
+        """Write data, at most buffer_bytes of it, as one frame of its own."""
+        cdef size_t count = data.shape[0]
+        cdef Slot *slot = &self.ring.slots[0]
+        if count > self.buffer_bytes:
+            raise ValueError(f"{count} bytes do not fit into a buffer of {self.buffer_bytes}")
+        self.flush()
+        if count:
+            memcpy(slot.memory + PAGE, &data[0], count)
+        slot.count = 0
+        with nogil:
+            self._frame_data(
+                template, slot, 0, count, XXH3_64bits(slot.memory + PAGE, count), False
+            )
+            self._write_now(slot)
+        self.frames += 1
+
+    def copy(
+        self, int src, Template template not None, uint64_t limit, Digest digest=None, *,
+        uint64_t deadline_ns=0, bint splicing=False,
+    ):
+        """Copy at most limit bytes from src, a frame for each read.
+
+        Returns END_OF_STREAM (a read of 0), DRAINED (ENOMSG), LIMIT_REACHED, or DEADLINE_REACHED
+        (CLOCK_MONOTONIC; 0: none). After a deadline some frames may still be on their way: go on,
+        or flush(). With splicing and no digest, splices until src or sink says EINVAL, then reads;
+        never into a blocking socket. A read that is interrupted is an error and not repeated: some
+        drivers have lost bytes by then. Raises OSError; ECANCELED between chunks once wake_fd is
+        readable. Then nothing is written any more.
+        """
+        cdef bint may_splice = splicing and digest is None and template.checksum_at < 0
+        if self.ring.to_socket and is_blocking(self.ring.out_fd):
+            may_splice = False  # splice has no MSG_DONTWAIT: a stalled peer would make it deaf
+        if may_splice and self.pipe_bytes == 0:
+            self._open_pipe()
+        return Outcome(self._guarded(src, template, limit, digest, deadline_ns, may_splice))
+
+    def _guarded(
+        self, int src, Template template, uint64_t limit, Digest digest, uint64_t deadline_ns,
+        bint may_splice,
+    ):
+        """Copy, and flush unless a deadline ended it; stop the threads when it fails."""
+        cdef int outcome = LIMIT_REACHED
+        try:
+            with nogil:
+                if template is not None:
+                    outcome = self._copy(src, template, limit, digest, deadline_ns, may_splice)
+                if outcome != DEADLINE_REACHED:
+                    self._flush()
+        except BaseException:
+            with nogil:
+                _stop_threads(&self.ring)
+            raise
+        return outcome
+
+    cdef int _copy(
+        self, int src, Template template, uint64_t limit, Digest digest, uint64_t deadline_ns,
+        bint may_splice,
+    ) except -1 nogil:
+        cdef Slot *slot
+        cdef ssize_t got
+        cdef size_t asked
+        cdef int reason
+        cdef uint64_t started_ns = 0
+        while limit:
+            if _cancelled(self.ring.wake_fd):
+                self._fail(src, ECANCELED)
+            slot = self._take_slot()
+            if may_splice and self.pipe_fds[0] >= 0:
+                asked = min(limit, self.pipe_bytes)
+                got = splice(src, NULL, self.pipe_fds[1], NULL, asked, SPLICE_F_MOVE)
+            else:
+                asked = min(limit, self._read_bytes())
+                if self.timed_reads < TIMED_READS:
+                    started_ns = monotonic_ns()
+                got = read(src, slot.memory + PAGE, asked)
+            if got <= 0:
+                reason = errno if got < 0 else 0
+                self._return_slot(slot)
+                if got == 0:
+                    return END_OF_STREAM
+                if reason == ENOMSG:  # linux/vfio.h: pre-copy has no data now; not the end
+                    return DRAINED
+                if reason == EINVAL and may_splice and self.pipe_fds[0] >= 0:
+                    self._close_pipe()  # every driver's data_fd: nothing was taken
+                    continue
+                if reason == EAGAIN:
+                    reason = _wait(src, POLLIN, self.ring.wake_fd)
+                if reason:
+                    self._fail(src, reason)
+                continue
+            if may_splice and self.pipe_fds[0] >= 0:
+                self._emit_spliced(template, slot, got)
+            else:
+                if self.timed_reads < TIMED_READS:
+                    self._note_read(asked, got, monotonic_ns() - started_ns)
+                self._emit(template, slot, got, digest)
+            self.device_bytes += got
+            limit -= got
+            if deadline_ns and monotonic_ns() >= deadline_ns:
+                return DEADLINE_REACHED
+        return LIMIT_REACHED
+
+    cdef size_t _read_bytes(self) noexcept nogil:
+        cdef size_t count = self.buffer_bytes
+        if 2 <= self.timed_reads < TIMED_READS and self.timed_reads % 2 == 0:
+            count //= 4
+        if self.bytes_per_s:  # 50 reads a second keep the rate smooth
+            count = min(count, max(<uint64_t>1 << 16, self.bytes_per_s // 50))
+        return count
+
+    cdef void _note_read(self, size_t asked, size_t got, uint64_t took_ns) noexcept nogil:
+        cdef bint full = asked == self.buffer_bytes
+        self.timed_reads += 1
+        if got < asked or (not full and asked != self.buffer_bytes // 4):
+            # The device's own chunks, a limit or a rate decide.
+            self.timed_reads, self.full_ns = TIMED_READS, <uint64_t>-1
+        elif self.timed_reads > 2:
+            if full:
+                self.full_ns = min(self.full_ns, took_ns)
+            else:
+                self.quarter_ns = min(self.quarter_ns, took_ns)
+
+    cdef int _settle(self) except -1 nogil:
+        """Choose the buffer by what the first reads took, and start the threads."""
+        cdef Ring *ring = &self.ring
+        if self.full_ns != <uint64_t>-1 and _is_fixed_cost_high(self.quarter_ns, self.full_ns):
+            _take_memory(ring)
+            self.buffer_bytes = self.grown_bytes
+            if _give_memory(ring, 1, self.buffer_bytes):
+                self._fail(-1, ENOMEM)
+        self.full_ns = <uint64_t>-1
+        if self.device_bytes < THREADED_FROM_BYTES or self.tried_threads:
+            return 0
+        self.tried_threads = True
+        if ring.depth > 1 and _give_memory(ring, ring.depth, self.buffer_bytes) == 0:
+            _start_threads(ring, self.writers)  # else: no memory or threads; one thread serves
+        return 0
+
+    cdef Slot *_take_slot(self) except NULL nogil:
+        """Return the next slot to fill. Raises what failed to be written before."""
+        cdef Slot *slot
+        if not self.tried_threads and self.timed_reads == TIMED_READS:
+            self._settle()
+        slot = &self.ring.slots[self.ring.handed % self.ring.depth]
+        if self.ring.threads_running:
+            self._wait_for(slot)
+        slot.count = 0
+        return slot
+
+    cdef int _wait_for(self, Slot *slot) except -1 nogil:
+        while sem_wait(&slot.is_free) < 0:
+            _interrupted()
+        if self.ring.reason:
+            self._fail(self.ring.out_fd, self.ring.reason)
+        return 0
+
+    cdef void _return_slot(self, Slot *slot) noexcept nogil:
+        if self.ring.threads_running:
+            sem_post(&slot.is_free)
+
+    cdef int _flush(self) except -1 nogil:
+        cdef int index
+        if self.ring.threads_running:
+            for index in range(self.ring.depth):
+                self._wait_for(&self.ring.slots[index])
+                sem_post(&self.ring.slots[index].is_free)
+        return 0
+
+    cdef int _hand_over(self, Slot *slot) except -1 nogil:
+        """Write a filled slot, now or by a thread."""
+        self._pace(slot)
+        if not self.ring.threads_running:
+            return self._write_now(slot)
+        self._place(slot)
+        self.ring.handed += 1
+        sem_post(&self.ring.filled)
+        return 0
+
+    cdef void _place(self, Slot *slot) noexcept nogil:
+        cdef int index
+        slot.at, slot.offset = 0, self.ring.offset
+        for index in range(slot.count):
+            self.ring.offset += slot.pieces[index].iov_len
+
+    cdef int _write_now(self, Slot *slot) except -1 nogil:
+        cdef int reason
+        self._place(slot)
+        reason = _write_slot(&self.ring, slot)
+        while reason == EINTR:
+            _interrupted()
+            reason = _write_slot(&self.ring, slot)
+            if reason == EINTR and _cancelled(self.ring.wake_fd):
+                reason = ECANCELED
+        if reason:
+            self._fail(self.ring.out_fd, reason)
+        return 0
+
+    cdef int _pace(self, Slot *slot) except -1 nogil:
+        """Wait until the rate allows this slot to be written."""
+        cdef pollfd waiter
+        cdef uint64_t now_ns, count = 0
+        cdef int index
+        if self.bytes_per_s == 0:
+            return 0
+        now_ns = monotonic_ns()
+        # What was late may be made good for a while, or a busy machine would stay below the rate.
+        self.due_ns = max(self.due_ns, now_ns - 50_000_000) if self.due_ns else now_ns
+        while now_ns < self.due_ns:
+            waiter.fd, waiter.events, waiter.revents = self.ring.wake_fd, POLLIN, 0
+            if poll_ns(&waiter, 1, self.due_ns - now_ns) < 0:
+                _interrupted()
+            elif waiter.revents:
+                self._fail(self.ring.out_fd, ECANCELED)
+            now_ns = monotonic_ns()
+        for index in range(slot.count):
+            count += slot.pieces[index].iov_len
+        self.due_ns += count * 1_000_000_000 // self.bytes_per_s
+        return 0
+
+    cdef int _emit(
+        self, Template template, Slot *slot, size_t count, Digest digest
+    ) except -1 nogil:
+        """Write the chunk in slot: as one frame, or as one for each part that is zero or not."""
+        cdef unsigned char *payload = slot.memory + PAGE
+        cdef size_t at = 0, zeros_at, zeros_end
+        cdef uint64_t frames = 0, zero_bytes = 0
+        if template.zeros_kind < 0:
+            self._frame_data(template, slot, 0, count, self._digested(digest, payload, count), 0)
+            if self.leave_holes:
+                self._cut_holes(slot, payload, count)
+            frames = 1
+        while template.zeros_kind >= 0 and at < count:
+            zeros_at = _zero_run(payload, at, count, &zeros_end)
+            if zeros_at > at:
+                self._frame_data(
+                    template, slot, at, zeros_at,
+                    self._digested(digest, payload + at, zeros_at - at), zeros_at < count,
+                )
+                frames += 1
+            if zeros_end > zeros_at:
+                self._frame_zeros(
+                    template, slot, zeros_at, zeros_end,
+                    self._digested(digest, payload + zeros_at, zeros_end - zeros_at),
+                    zeros_end < count,
+                )
+                frames += 1
+                zero_bytes += zeros_end - zeros_at
+            at = zeros_end
+        self._hand_over(slot)
+        self.frames += frames
+        self.zero_bytes += zero_bytes
+        return 0
+
+    cdef uint64_t _digested(
+        self, Digest digest, const unsigned char *data, size_t count
+    ) noexcept nogil:
+        if digest is None:
+            return 0
+        update_digest(digest.state, data, count)
+        return XXH3_64bits_digest(digest.state)
+
+    cdef void _begin_head(
+        self, Template template, unsigned char *head, bint goes_on
+    ) noexcept nogil:
+        memcpy(head, template.head, template.head_bytes)
+        if goes_on:
+            head[template.flags_at] |= <unsigned char>template.continued
+
+    cdef void _end_head(
+        self, Template template, unsigned char *head, uint64_t count, uint64_t checksum
+    ) noexcept nogil:
+        self.chain = _fill_head(template, head, count, self.sequence, checksum, self.chain)
+        self.sequence += 1
+
+    cdef void _frame_data(
+        self, Template template, Slot *slot, size_t start, size_t end, uint64_t checksum,
+        bint goes_on,
+    ) noexcept nogil:
+        """Add payload[start:end] with its head, which lies in front: before start all was sent."""
+        cdef unsigned char *payload = slot.memory + PAGE
+        cdef unsigned char *head = payload + start - template.room
+        cdef size_t padding = _padding(template, end - start)
+        self._begin_head(template, head, goes_on)
+        self._end_head(template, head, end - start, checksum)
+        memset(payload + end, 0, padding)
+        memcpy(payload + end + padding, template.tail, template.tail_bytes)
+        _add_piece(slot, head, template.room + end - start + padding + template.tail_bytes)
+
+    cdef void _frame_zeros(
+        self, Template template, Slot *slot, size_t start, size_t end, uint64_t checksum,
+        bint goes_on,
+    ) noexcept nogil:
+        """Add the head of a run of zeros, which lies where the run does."""
+        cdef unsigned char *head = slot.memory + PAGE + start
+        self._begin_head(template, head, goes_on)
+        head[template.kind_at] = <unsigned char>template.zeros_kind
+        self._end_head(template, head, end - start, checksum)
+        if start:  # behind payload, which ends at a page: one piece with it
+            slot.pieces[slot.count - 1].iov_len += template.room
+        else:
+            _add_piece(slot, head, template.room)
+
+    cdef void _cut_holes(self, Slot *slot, unsigned char *payload, size_t count) noexcept nogil:
+        """Split the only piece of slot around the runs of zeros in its payload."""
+        cdef unsigned char *start = <unsigned char *>slot.pieces[0].iov_base
+        cdef unsigned char *end = start + slot.pieces[0].iov_len
+        cdef size_t at = 0, zeros_at, zeros_end
+        slot.count = 0
+        while at < count:
+            zeros_at = _zero_run(payload, at, count, &zeros_end)
+            if zeros_at == count:
+                break
+            _add_piece(slot, start, payload + zeros_at - start)
+            _add_piece(slot, NULL, zeros_end - zeros_at)
+            self.zero_bytes += zeros_end - zeros_at
+            start = payload + zeros_end
+            at = zeros_end
+        _add_piece(slot, start, end - start)
+
+    cdef int _emit_spliced(self, Template template, Slot *slot, size_t count) except -1 nogil:
+        cdef unsigned char *head = slot.memory + PAGE - template.room
+        cdef size_t padding = _padding(template, count)
+        cdef size_t left = count
+        cdef ssize_t put
+        cdef int reason
+        self._begin_head(template, head, False)
+        self._end_head(template, head, count, 0)
+        _add_piece(slot, head, template.room)
+        self._hand_over(slot)
+        self._flush()
+        while left and self.pipe_fds[0] >= 0:
+            put = splice(self.pipe_fds[0], NULL, self.ring.out_fd, NULL, left, SPLICE_F_MOVE)
+            if put > 0:
+                left -= put
+                self.ring.stream_bytes += put
+                self.spliced_bytes += put
+                continue
+            reason = errno if put < 0 else EIO
+            if reason == EINVAL:  # a sink that cannot: an O_APPEND file
+                self._empty_pipe(slot, left)
+                break
+            if reason == EAGAIN:
+                reason = _wait(self.ring.out_fd, POLLOUT, self.ring.wake_fd)
+            elif reason == EINTR:
+                _interrupted()
+                reason = ECANCELED if _cancelled(self.ring.wake_fd) else 0
+            if reason:
+                self._fail(self.ring.out_fd, reason)
+        slot.count = 0
+        memset(slot.memory + PAGE, 0, padding)
+        memcpy(slot.memory + PAGE + padding, template.tail, template.tail_bytes)
+        _add_piece(slot, slot.memory + PAGE, padding + template.tail_bytes)
+        self._write_now(slot)
+        self.frames += 1
+        return 0
+
+    cdef int _empty_pipe(self, Slot *slot, size_t left) except -1 nogil:
+        cdef ssize_t got
+        while left:
+            got = read(self.pipe_fds[0], slot.memory + PAGE, min(left, self.buffer_bytes))
+            if got <= 0:
+                self._fail(self.pipe_fds[0], errno if got < 0 else EIO)
+            slot.count = 0
+            _add_piece(slot, slot.memory + PAGE, got)
+            self._write_now(slot)
+            left -= got
+        self._close_pipe()
+        return 0
+
+    cdef int _fail(self, int fd, int reason) except -1 nogil:
+        self.failed_fd = fd
+        with gil:
+            raise OSError(reason, _strerror(reason))
+
+    cdef int _open_pipe(self) except -1:
+        if pipe2(self.pipe_fds, O_CLOEXEC) < 0:
+            raise OSError(errno, _strerror(errno))
+        # Above /proc/sys/fs/pipe-max-size only root may: then the default of 64 KiB serves.
+        fcntl(self.pipe_fds[1], F_SETPIPE_SZ, <int>min(self.buffer_bytes, <size_t>1 << 30))
+        self.pipe_bytes = min(<size_t>fcntl(self.pipe_fds[1], F_GETPIPE_SZ), self.buffer_bytes)
+        return 0
+
+    cdef void _close_pipe(self) noexcept nogil:
+        cdef int end
+        for end in range(2):
+            if self.pipe_fds[end] >= 0:
+                close(self.pipe_fds[end])
+                self.pipe_fds[end] = -1
