@@ -13,7 +13,7 @@ ROOT = Path(vfiomig.__file__).parent
 # docs/architecture.md has the same levels with words. "vfiomig" is the package itself.
 LEVELS = [
     {"_fastcopy", "uapi", "_version"},
-    {"errors", "states", "fd", "framing"},
+    {"errors", "states", "fd", "identity", "framing"},
     {"quantities", "ioctl", "report", "worker", "sysfs"}
     | {"framing.manifest", "framing.native", "framing.qemu"},
     {"channel", "transport", "recorder", "doctor"},

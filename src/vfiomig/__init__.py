@@ -30,7 +30,7 @@ from vfiomig.errors import (
     StreamMismatchError,
     UsageError,
 )
-from vfiomig.framing.manifest import Identity
+from vfiomig.identity import Identity
 from vfiomig.inspection import Inspection, inspect
 from vfiomig.load import load
 from vfiomig.options import LoadOptions, PreCopyLimits, QemuFraming, SaveOptions

@@ -17,7 +17,7 @@ from vfiomig.errors import (
     NotMigratableError,
     OutOfSyncError,
 )
-from vfiomig.framing.manifest import Identity as Identity
+from vfiomig.identity import Identity as Identity
 from vfiomig.report import OnEvent, StateChange
 from vfiomig.uapi import Capability, DeviceState
 

@@ -5,32 +5,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vfiomig.errors import StreamError
+from vfiomig.identity import Identity as Identity
 
 # Ours: a manifest of one device is 400 bytes; the limit stands before anything is parsed.
 MAX_MANIFEST_BYTES = 64 << 10
 MAX_DEPTH = 8
 _MAX_INTEGER = (1 << 64) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What a stream says of its device, and what a device must match to load it.
-
-    driver: kernel driver, or "sim:PROFILE". model: mdev type or "". The ids are PCI's, as hex
-    digits without 0x, "" elsewhere.
-    """
-
-    driver: str
-    model: str = ""
-    vendor_id: str = ""
-    device_id: str = ""
-    subsystem_vendor_id: str = ""
-    subsystem_device_id: str = ""
-
-    def differences(self, other: "Identity") -> list[str]:
-        """Return the names of the fields that are not the same."""
-        mine, theirs = asdict(self), asdict(other)
-        return [field for field in mine if mine[field] != theirs[field]]
 
 
 @dataclass(frozen=True, slots=True)
