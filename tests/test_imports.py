@@ -42,6 +42,16 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 SOURCES = sorted(ROOT.rglob("*.py"))
 # Slow to import, or not the library's business: each is imported where it is used, or never.
 HEAVY = {"rich", "argparse", "ssl", "asyncio", "logging", "ctypes", "socket", "subprocess", "shlex"}
+# A millisecond of start-up or more, each with what it brings along: fine where it is used, and not
+# before (docs/architecture.md, "Start-up").
+SLOW = {"dataclasses", "inspect", "json", "pathlib", "urllib.parse", "ipaddress", "datetime"} | {
+    "decimal",
+    "hashlib",
+    "difflib",
+    "shutil",
+    "zlib",
+    "importlib.metadata",
+}
 
 
 def room_of(file: Path) -> str:
@@ -87,21 +97,64 @@ def test_every_room_of_the_list_is_there_once() -> None:
     assert set(LEVEL) == {room_of(file) for file in SOURCES} | {"_fastcopy"}
 
 
+def test_mypy_sees_every_name_where_the_package_finds_it() -> None:
+    seen = {
+        alias.name: (node.module or "").removeprefix("vfiomig.")
+        for block in ast.parse((ROOT / "__init__.py").read_text()).body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == vfiomig._ROOMS
+    assert set(seen) < set(vfiomig.__all__)
+
+
+def test_every_public_name_is_there_and_listed() -> None:
+    everything: dict[str, object] = {}
+    exec("from vfiomig import *", everything)
+    assert set(vfiomig.__all__) == set(everything) - {"__builtins__"}
+    assert set(vfiomig.__all__) <= set(dir(vfiomig))
+    with pytest.raises(AttributeError, match="module 'vfiomig' has no attribute 'saev'"):
+        getattr(vfiomig, "saev")  # noqa: B009  mypy knows that it is not there
+
+
+@pytest.mark.parametrize("name", ["save", "load"])
+@pytest.mark.parametrize(
+    "first", ["pass", "import vfiomig.{0}", "from vfiomig.{0} import *", "import vfiomig.{0} as m"]
+)
+def test_save_and_load_are_functions_whatever_was_imported_first(first: str, name: str) -> None:
+    program = f"{first.format(name)}; import vfiomig; print(type(vfiomig.{name}).__name__)"
+    assert printed_by(program) == "function\n"
+
+
+def printed_by(program: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, check=True, text=True
+    ).stdout
+
+
 def modules_after(statement: str) -> set[str]:
-    program = f"import sys; {statement}; print(*sys.modules)"
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout
-    return set(out.decode().split())
+    return set(printed_by(f"import sys; {statement}; print(*sys.modules)").split())
 
 
 def test_the_library_imports_nothing_heavy() -> None:
     before = modules_after("pass")
-    for statement in ("import vfiomig", "import vfiomig.simulator.device"):
+    for statement in ("from vfiomig import *", "import vfiomig.simulator.device"):
         assert (modules_after(statement) - before) & HEAVY == set()
 
 
 def test_the_library_does_not_import_the_simulator_nor_the_command() -> None:
-    found = modules_after("import vfiomig")
-    assert not [name for name in found if name.startswith(("vfiomig.cli", "vfiomig.backends.sim"))]
+    found = modules_after("from vfiomig import *")
+    assert "vfiomig.save" in found
+    assert not [name for name in found if name.startswith(("vfiomig.cli", "vfiomig.simulator"))]
+
+
+def test_the_package_alone_imports_only_what_every_program_needs() -> None:
+    found = modules_after("import vfiomig") - modules_after("pass")
+    ours = {name for name in found if within(name)}
+    assert ours == {"vfiomig", "vfiomig._version", "vfiomig.errors", "vfiomig.uapi"}
+    assert found & (HEAVY | SLOW) == set()
 
 
 def test_the_command_imports_rich_only_for_a_terminal() -> None:

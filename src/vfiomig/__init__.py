@@ -7,9 +7,12 @@ The library prints nothing, installs no signal handlers, sets up no logging and 
 error it raises on purpose is a MigrationError, whose code is the exit code of the command.
 """
 
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from vfiomig._version import __version__
-from vfiomig.backends import open_device
-from vfiomig.device import Device
 from vfiomig.errors import (
     AccessError,
     CancelledError,
@@ -30,14 +33,18 @@ from vfiomig.errors import (
     StreamMismatchError,
     UsageError,
 )
-from vfiomig.identity import Identity
-from vfiomig.inspection import Inspection, inspect
-from vfiomig.load import load
-from vfiomig.options import LoadOptions, PreCopyLimits, QemuFraming, SaveOptions
-from vfiomig.report import Chunk, Event, Phase, Progress, StateChange, TransferReport, Warning
-from vfiomig.save import save
 from vfiomig.uapi import Capability, DeviceState
-from vfiomig.worker import Cancellation
+
+if TYPE_CHECKING:
+    from vfiomig.backends import open_device
+    from vfiomig.device import Device
+    from vfiomig.identity import Identity
+    from vfiomig.inspection import Inspection, inspect
+    from vfiomig.load import load
+    from vfiomig.options import LoadOptions, PreCopyLimits, QemuFraming, SaveOptions
+    from vfiomig.report import Chunk, Event, Phase, Progress, StateChange, TransferReport, Warning
+    from vfiomig.save import save
+    from vfiomig.worker import Cancellation
 
 __all__ = [
     "AccessError",
@@ -81,3 +88,54 @@ __all__ = [
     "open_device",
     "save",
 ]
+
+# Where the names are that only mypy sees imported above. A room is imported when the first of its
+# names is asked for: start-up is most of what a short command takes. tests/test_imports.py
+# compares the two lists.
+_ROOMS = {
+    "Cancellation": "worker",
+    "Chunk": "report",
+    "Device": "device",
+    "Event": "report",
+    "Identity": "identity",
+    "Inspection": "inspection",
+    "LoadOptions": "options",
+    "Phase": "report",
+    "PreCopyLimits": "options",
+    "Progress": "report",
+    "QemuFraming": "options",
+    "SaveOptions": "options",
+    "StateChange": "report",
+    "TransferReport": "report",
+    "Warning": "report",
+    "inspect": "inspection",
+    "load": "load",
+    "open_device": "backends",
+    "save": "save",
+}
+
+
+class _Package(ModuleType):
+    """This module: finds the names of _ROOMS, and lets save and load be functions.
+
+    Python names a room in its package once somebody has imported it; the rooms save and load would
+    hide the functions.
+    """
+
+    def __getattr__(self, name: str) -> object:
+        if name not in _ROOMS:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found: object = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+        setattr(self, name, found)
+        return found
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if isinstance(value, ModuleType) and name in _ROOMS:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package
