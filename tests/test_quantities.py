@@ -35,6 +35,7 @@ from vfiomig.quantities import (
         ("1.5G", 3 << 29),
         ("0.1K", 102),
         (str(LARGEST), LARGEST),
+        ("9007199254740993.99999999999999999999", 9007199254740993),
     ],
 )
 def test_sizes_are_understood(text: str, size_bytes: int) -> None:
@@ -49,6 +50,8 @@ def test_sizes_are_understood(text: str, size_bytes: int) -> None:
         ("100MB/s", 10**8),
         ("25Gbit", 25 * 10**9 // 8),
         ("800bit/s", 100),
+        ("8.1bit", 1),
+        (f"{LARGEST}.9bit/s", LARGEST // 8),
         ("100Mbit", 12_500_000),
     ],
 )
@@ -60,6 +63,7 @@ def test_rates_are_understood(text: str, bytes_per_s: int) -> None:
     ("text", "duration_ns"),
     [
         ("0", 0),
+        ("0.0", 0),
         ("7ns", 7),
         ("10us", 10_000),
         ("300ms", 300_000_000),

@@ -7,7 +7,6 @@ or nanoseconds (it is rounded down). Case does not matter.
 """
 
 import re
-from decimal import Decimal
 
 from vfiomig.errors import UsageError
 
@@ -43,14 +42,14 @@ def parse_rate(text: str) -> int:
     number, unit = _split(text, "a rate, such as 1G or 25Gbit")
     unit = unit.removesuffix("/s")
     if unit in _BIT_UNITS:
-        return _scaled(text, number / 8, _BIT_UNITS[unit], "rate", "")
+        return _scaled(text, number, _BIT_UNITS[unit], "rate", "", divisor=8)
     return _scaled(text, number, _SIZE_UNITS.get(unit), "rate", "K, M, G … or Kbit, Mbit, Gbit …")
 
 
 def parse_duration(text: str) -> int:
     """Return the nanoseconds of a duration such as 300ms, 5s or 2m. Raises UsageError."""
     number, unit = _split(text, "a duration, such as 300ms, 5s or 2m")
-    scale = 1 if not number and not unit else _DURATION_UNITS.get(unit)
+    scale = 1 if not float(number) and not unit else _DURATION_UNITS.get(unit)
     return _scaled(text, number, scale, "duration", "ns, us, ms, s, m or h")
 
 
@@ -84,17 +83,20 @@ def format_duration(duration_ns: int) -> str:
     return f"{hours}h {minutes:02}m {seconds:02}s" if hours else f"{minutes}m {seconds:02}s"
 
 
-def _split(text: str, what: str) -> tuple[Decimal, str]:
+def _split(text: str, what: str) -> tuple[str, str]:
     match = _NUMBER.fullmatch(text.strip())
     if match is None:
         raise UsageError(f"{text!r} is not {what}")
-    return Decimal(match[1]), match[2].lower()
+    return match[1], match[2].lower()
 
 
-def _scaled(text: str, number: Decimal, scale: int | None, noun: str, units: str) -> int:
+def _scaled(
+    text: str, number: str, scale: int | None, noun: str, units: str, *, divisor: int = 1
+) -> int:
     if scale is None:
         raise UsageError(f"{text!r} is not a {noun}: its unit must be {units}")
-    value = int(number * scale)
+    whole, _, decimals = number.partition(".")
+    value: int = int(whole + decimals) * scale // (10 ** len(decimals) * divisor)
     if value > LARGEST:
         raise UsageError(f"{text!r} is too large for a {noun}")
     return value
