@@ -1,7 +1,6 @@
 """The channel: what owns a data_fd and the life of one data session."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from vfiomig import ioctl
 from vfiomig.errors import StaleChannelError
@@ -9,8 +8,7 @@ from vfiomig.fd import OwnedFd
 from vfiomig.uapi import VFIO_PRECOPY_INFO_REINIT
 
 
-@dataclass(frozen=True, slots=True)
-class PrecopyInfo:
+class PrecopyInfo(NamedTuple):
     """struct vfio_precopy_info: estimates in bytes. reinit: new initial data appeared."""
 
     initial_bytes: int

@@ -10,7 +10,6 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Self
 
 from vfiomig import states
@@ -273,7 +272,7 @@ class SimulatedOps:
             if met is Action.GARBAGE:
                 return PrecopyInfo(2**64 - 1, 2**64 - 1)
             if met is Action.REINIT:
-                return replace(self._precopy.start_over(), reinit=self._wants_reinit)
+                return self._precopy.start_over()._replace(reinit=self._wants_reinit)
             return self._precopy.info()
 
     def _reset_underneath(self) -> None:

@@ -7,8 +7,8 @@ of hisi and qat); elsewhere the state is opaque bytes.
 
 import errno
 import struct
-from dataclasses import dataclass
 from enum import Enum, auto
+from typing import NamedTuple
 
 from vfiomig.uapi import Capability
 
@@ -45,8 +45,7 @@ class Precopy(Enum):
     COPIES = auto()  # the state, then a whole new copy once a second: never converges
 
 
-@dataclass(frozen=True, slots=True)
-class Profile:
+class Profile(NamedTuple):
     """One driver. The errnos are what it answers; 0 where it never refuses."""
 
     name: str

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from vfiomig.fd import OwnedFd
 
@@ -70,8 +71,7 @@ class UpdateLog:
         self._headers.close()
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
+class Update(NamedTuple):
     """A DATA record: length bytes at source of the stream belong at offset of the state."""
 
     source: int
@@ -79,8 +79,7 @@ class Update:
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateStream:
+class UpdateStream(NamedTuple):
     """What is whole of a stream. is_complete: it is not cut, and nothing in it is wrong."""
 
     fd: int

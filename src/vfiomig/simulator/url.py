@@ -23,9 +23,8 @@ Parameters of this opening, not kept:
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from errno import EIO, ENOMSG
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from vfiomig.errors import UsageError
@@ -38,8 +37,7 @@ SCHEME = "sim:"
 _ENDS = {"enomsg": ENOMSG, "zero": 0}
 
 
-@dataclass(frozen=True, slots=True)
-class Parameters:
+class Parameters(NamedTuple):
     """What a simulated device is; kept with its state. Bytes, and bytes per second."""
 
     profile_name: str
@@ -68,16 +66,15 @@ class Parameters:
         return texts if self.initial is None else texts | {"initial": str(self.initial)}
 
 
-@dataclass(frozen=True, slots=True)
-class Opening:
+class Opening(NamedTuple):
     """How this opening of a device behaves. Rates in bytes per second, 0 is unlimited."""
 
-    reported_size: int | None = None
-    reported_errno: int = 0
-    bandwidth: int = 0
-    latency_ns: int = 0
-    chunk: int = 0
-    faults: FaultScript = field(default_factory=FaultScript)
+    reported_size: int | None
+    reported_errno: int
+    bandwidth: int
+    latency_ns: int
+    chunk: int
+    faults: FaultScript
 
     @property
     def is_shaped(self) -> bool:
@@ -85,8 +82,7 @@ class Opening:
         return bool(self.bandwidth or self.latency_ns or self.chunk)
 
 
-@dataclass(frozen=True, slots=True)
-class SimUrl:
+class SimUrl(NamedTuple):
     """A name taken apart. path: "" for a device in memory. given: the device's own parameters."""
 
     name: str
@@ -132,7 +128,7 @@ def parse_parameters(texts: Mapping[str, str]) -> Parameters:
         drained_errno=profile.drained_errno,
         accept=profile.accept,
     )
-    found = replace(found, **_parsed(texts))
+    found = found._replace(**_parsed(texts))
     _check(found)
     return found
 
