@@ -157,6 +157,29 @@ def test_the_package_alone_imports_only_what_every_program_needs() -> None:
     assert found & (HEAVY | SLOW) == set()
 
 
+def test_info_of_a_simulated_device_imports_only_what_it_uses() -> None:
+    run = "cli.main(['info', 'sim:', '--json'])"
+    found = modules_after(f"import vfiomig.cli as cli; {run}") - modules_after("pass")
+    assert "vfiomig.simulator.device" in found
+    # A device's identity is a dataclass, and JSON was asked for.
+    assert found & (HEAVY | SLOW) == {"argparse", "dataclasses", "inspect", "json"}
+    unused = {"save", "load", "inspection", "options", "report", "sysfs", "lending", "_fastcopy"}
+    assert found & {f"vfiomig.{room}" for room in unused} == set()
+
+
+def test_no_state_change_waits_for_an_import() -> None:
+    program = """
+import sys, vfiomig
+told = []
+with vfiomig.open_device("sim:?size=1000") as device, device.observed(told.append):
+    before = set(sys.modules)
+    device.set_state(vfiomig.DeviceState.STOP)
+    assert told
+    print(*set(sys.modules) - before)
+"""
+    assert printed_by(program) == "\n"
+
+
 def test_the_command_imports_rich_only_for_a_terminal() -> None:
     run = "cli.main(['save', 'sim:?size=1000', '/dev/null', '-q'])"
     found = modules_after(f"import vfiomig.cli as cli; {run}")

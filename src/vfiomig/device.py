@@ -2,9 +2,9 @@
 
 import errno
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from vfiomig import states
 from vfiomig.channel import DataChannel
@@ -18,8 +18,10 @@ from vfiomig.errors import (
     OutOfSyncError,
 )
 from vfiomig.identity import Identity as Identity
-from vfiomig.report import OnEvent, StateChange
 from vfiomig.uapi import Capability, DeviceState
+
+if TYPE_CHECKING:
+    from vfiomig.report import OnEvent
 
 # VFIO_DEVICE_RESET on vfio-pci answers EAGAIN while the device's lock is busy (vfio_pci_core.c).
 _RESET_ATTEMPTS, _RESET_PAUSE_S = 20, 0.05
@@ -71,7 +73,7 @@ class Device:
         """Take over ops. Raises NotMigratableError (then ops is closed)."""
         self.name, self.identity, self._ops = name, identity, ops
         self._channel: DataChannel | None = None
-        self._on_event: OnEvent | None = None
+        self._on_change: Callable[..., None] | None = None
         try:
             self.capabilities = self._query_capabilities()
         except BaseException:
@@ -99,13 +101,20 @@ class Device:
         return Capability(flags & (Capability.STOP_COPY | Capability.P2P | Capability.PRE_COPY))
 
     @contextmanager
-    def observed(self, on_event: OnEvent | None) -> Iterator[None]:
+    def observed(self, on_event: "OnEvent | None") -> Iterator[None]:
         """Send every state change to on_event for the length of a with block."""
-        before, self._on_event = self._on_event, on_event
+        # Only who observes needs it; and no state change should have to wait for an import.
+        from vfiomig.report import StateChange
+
+        before = self._on_change
+        if on_event is None:
+            self._on_change = None
+        else:
+            self._on_change = lambda *change: on_event(StateChange(*change))
         try:
             yield
         finally:
-            self._on_event = before
+            self._on_change = before
 
     def state(self) -> DeviceState:
         """Return the state the device says it is in. Blocks while a state change runs."""
@@ -335,11 +344,9 @@ class Device:
         started_ns: int,
         by: str = "set",
     ) -> None:
-        if self._on_event is not None:
+        if self._on_change is not None:
             took_ns = time.monotonic_ns() - started_ns
-            self._on_event(
-                StateChange(self.name, before, wanted, actual, error, started_ns, took_ns, by)
-            )
+            self._on_change(self.name, before, wanted, actual, error, started_ns, took_ns, by)
 
     def __enter__(self) -> Self:
         return self

@@ -4,7 +4,6 @@ import errno
 import fcntl
 import os
 import re
-from pathlib import Path
 
 from vfiomig.device import Device
 from vfiomig.errors import MigrationError, NoSuchDeviceError, UsageError, opening_failed
@@ -12,7 +11,7 @@ from vfiomig.fd import OwnedFd
 
 _BORROWED = ("fd:", "pid:", "unix:")
 _SYS_PIDFD_GETFD = 438  # include/uapi/asm-generic/unistd.h, Linux 5.6; os has no wrapper
-_PTRACE_SCOPE = Path("/proc/sys/kernel/yama/ptrace_scope")
+_PTRACE_SCOPE = "/proc/sys/kernel/yama/ptrace_scope"
 
 
 def open_device(name: str) -> Device:
@@ -117,7 +116,8 @@ def _pidfd_getfd(pidfd: int, fd: int) -> int:
 
 def _ptrace_hint() -> str:
     try:
-        scope = _PTRACE_SCOPE.read_text(encoding="ascii").strip()
+        with open(_PTRACE_SCOPE, encoding="ascii") as file:
+            scope = file.read().strip()
     except OSError:
         return "this takes the right to ptrace the process: be its user, or have CAP_SYS_PTRACE"
     return (

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from contextlib import suppress
+from functools import partial
 from types import FrameType
 from typing import NoReturn
 
@@ -52,10 +53,18 @@ exit codes:
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _JSON_WORD = re.compile(r"--json|--pretty|-[qv]*[jp][jpqv]*")
+# argparse makes a formatter for each argument that is added. One without a width imports shutil,
+# and all archive formats with it, to ask the terminal: only a help needs that.
+_SOME_WIDTH = partial(argparse.RawDescriptionHelpFormatter, width=80)
 
 
 class _Parser(argparse.ArgumentParser):
     """Raises UsageError, so that --json holds for usage errors too."""
+
+    def format_help(self) -> str:
+        """Return the help, as wide as the terminal."""
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"{self.prog} --help")
@@ -189,7 +198,7 @@ def _top() -> argparse.ArgumentParser:
         description="Save, load and inspect the migration state of VFIO devices, without a VMM.\n\n"
         "commands:\n" + "\n".join(lines),
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_SOME_WIDTH,
         add_help=False,
     )
 
@@ -200,7 +209,7 @@ def _parser(command: str, text: str) -> argparse.ArgumentParser:
         prog=f"vfiomig {command}",
         description=description,
         epilog=f"examples:{epilog}" if epilog else None,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_SOME_WIDTH,
         allow_abbrev=False,
     )
 

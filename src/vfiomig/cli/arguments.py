@@ -10,7 +10,6 @@ from vfiomig.backends import open_device, opens_by_name
 from vfiomig.cli.output import Output
 from vfiomig.device import Device
 from vfiomig.errors import UsageError
-from vfiomig.options import DEFAULT_MAX_STATE_BYTES
 from vfiomig.uapi import DeviceState
 
 T = TypeVar("T")
@@ -42,6 +41,8 @@ def _after(text: str) -> DeviceState:
 
 def add_transfer_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what save and load have in common."""
+    from vfiomig.options import DEFAULT_MAX_STATE_BYTES
+
     parser.add_argument(
         "--after",
         type=typed(_after),

@@ -12,14 +12,11 @@ examples:
 import argparse
 from dataclasses import asdict
 
-from vfiomig import sysfs
 from vfiomig.backends import open_device, opens_by_name
 from vfiomig.cli import arguments
-from vfiomig.cli.host_values import host_values
 from vfiomig.cli.output import Output, table
 from vfiomig.device import Device
 from vfiomig.quantities import format_size
-from vfiomig.sysfs import HostDevice
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +32,12 @@ def run(args: argparse.Namespace, out: Output) -> int:
     rows: list[tuple[str, str]] = []
     code = 0
     if opens_by_name(args.device):
+        from vfiomig import sysfs
+        from vfiomig.cli.host_values import host_rows, host_values
+
         host = sysfs.find(args.device)
         values |= host_values(host)
-        rows += _host_rows(host, explain=args.explain)
+        rows += host_rows(host, explain=args.explain)
         code = 3 if host.migratable is sysfs.Verdict.NO else 0
         if args.open:
             with arguments.opened(args.device, out) as device:
@@ -49,24 +49,6 @@ def run(args: argparse.Namespace, out: Output) -> int:
             code = _ask(device, values, rows)
     out.answer(values, table(rows))
     return code
-
-
-def _host_rows(host: HostDevice, *, explain: bool) -> list[tuple[str, str]]:
-    ids = ":".join(part for part in (host.vendor_id, host.device_id) if part)
-    rows = [
-        ("device", " ".join(part for part in (host.name, ids) if part)),
-        ("driver", f"{host.driver} {host.mdev_type}".strip() or "none"),
-        ("nodes", ", ".join(map(str, sysfs.device_nodes(host))) or "none"),
-        ("migratable", f"{host.migratable.value}: {host.reason}"),
-    ]
-    if host.features:
-        rows.append(("features", host.features))
-    if host.hint and (explain or host.migratable is not sysfs.Verdict.YES):
-        rows.append(("to do", host.hint))
-    if explain:
-        rows.append(("path", str(host.path)))
-        rows.append(("note", "sysfs shows the driver, not its firmware: --open asks the device"))
-    return rows
 
 
 def _model(device: Device) -> str:

@@ -25,7 +25,6 @@ Parameters of this opening, not kept:
 from collections.abc import Callable, Mapping
 from errno import EIO, ENOMSG
 from typing import Any, NamedTuple
-from urllib.parse import unquote
 
 from vfiomig.errors import UsageError
 from vfiomig.quantities import parse_duration, parse_rate, parse_size
@@ -96,7 +95,7 @@ def parse_url(url: str) -> SimUrl:
     if not url.startswith(SCHEME):
         raise UsageError(f"{url!r} does not name a simulated device: it must begin with {SCHEME}")
     path, _, query = url.removeprefix(SCHEME).partition("?")
-    path = unquote(path)
+    path = _unquoted(path)
     if "\0" in path:
         raise UsageError(f"{url!r}: a file name cannot contain a zero byte")
     pairs = [_pair(part) for part in query.split("&") if part]
@@ -199,11 +198,19 @@ def _positive(parse: Callable[[str], int], texts: Mapping[str, str], key: str) -
 
 def _pair(part: str) -> tuple[str, str]:
     key, equals, value = part.partition("=")
-    key = unquote(key)
+    key = _unquoted(key)
     if not equals or key not in (*_DEVICE_KEYS, *_OPENING_KEYS):
         known = ", ".join((*_DEVICE_KEYS, *_OPENING_KEYS))
         raise UsageError(f"there is no parameter {key!r}=VALUE; known are {known}")
-    return key, unquote(value)
+    return key, _unquoted(value)
+
+
+def _unquoted(text: str) -> str:
+    if "%" not in text:
+        return text
+    from urllib.parse import unquote  # it brings ipaddress along, and most names need neither
+
+    return unquote(text)
 
 
 def _number(text: str) -> int:
