@@ -6,7 +6,7 @@ SOURCES := pyproject.toml setup.py $(wildcard src/_fastcopy.pyx src/fastcopy/*) 
 LAB := $(BIN)/python tests/vm/lab.py
 KERNEL_TESTS := $(abspath $(BIN))/python -B -m pytest -p no:cacheprovider -q tests/kernel
 
-.PHONY: demo test lint test-host test-wheel test-vm test-cdev bench clean
+.PHONY: demo test lint test-host test-wheel test-vm test-cdev bench bench-programs clean
 
 demo: .venv/ready
 	$(BIN)/python tools/demo.py
@@ -41,6 +41,13 @@ test-cdev: .venv/ready-test
 bench: .venv/ready-test
 	$(BIN)/python -m pytest benchmarks --benchmark-only -q --rootdir .
 
+# The C programs that vfiomig bench compares with: --programs benchmarks/build
+bench-programs: benchmarks/build/qemu_like benchmarks/build/plain_ring
+
+benchmarks/build/%: benchmarks/programs/%.c benchmarks/programs/transfer.h
+	mkdir -p $(@D)
+	$(CC) -std=gnu11 -O2 -Wall -Wextra -pthread -o $@ $<
+
 .venv/ready: $(SOURCES)
 	tools/setup
 	touch $@
@@ -50,4 +57,4 @@ bench: .venv/ready-test
 	touch .venv/ready $@
 
 clean:
-	rm -rf .venv build dist src/*.c src/vfiomig/*.so src/*.egg-info
+	rm -rf .venv build dist benchmarks/build src/*.c src/vfiomig/*.so src/*.egg-info

@@ -10,9 +10,10 @@ from vfiomig.uapi import Capability, DeviceState
 
 # QEMU's, hw/vfio/migration.c; 256 KiB to 4 MiB are one plateau (measured, Zen 4, 22 Nov 2026).
 DEFAULT_BUFFER_BYTES = 1 << 20
-# What a buffer grows to: the end of that plateau, 16 MiB for a ring of four.
+MIN_BUFFER_BYTES = 4096
+# What a buffer grows to: the end of that plateau.
 GROWN_BUFFER_BYTES = 4 << 20
-MAX_RING_SLOTS = 64
+DEFAULT_RING_SLOTS, MAX_RING_SLOTS = 4, 64
 # Writes in flight past the page cache: at least 4, docs/benchmarks (O_DIRECT).
 DURABLE_WRITES = 4
 # Ours: no device has as much; what says that it does is broken.
@@ -76,7 +77,7 @@ class SaveOptions:
     digest: bool = True
     force: bool = False
     buffer_bytes: int | None = None
-    ring_slots: int = 4
+    ring_slots: int = DEFAULT_RING_SLOTS
     elide_zeros: bool = True
     durable: bool = False
     bytes_per_s: int = 0
@@ -133,5 +134,5 @@ class LoadOptions:
 def _check_common(after: DeviceState, buffer_bytes: int) -> None:
     if after not in (DeviceState.RUNNING, DeviceState.STOP):
         raise UsageError(f"a device is left RUNNING or STOP, not {after.name}")
-    if not 4096 <= buffer_bytes <= native.MAX_FRAME_BYTES:
+    if not MIN_BUFFER_BYTES <= buffer_bytes <= native.MAX_FRAME_BYTES:
         raise UsageError(f"a buffer of {buffer_bytes} bytes: 4 KiB to 128 MiB")

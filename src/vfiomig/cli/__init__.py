@@ -28,6 +28,7 @@ COMMANDS = {
     "diff": "whether two streams hold the same state",
     "state": "the state a device is in, or a change of it",
     "reset": "reset a device: RUNNING, and blank",
+    "bench": "how fast a device is saved, beside tools that only copy",
     "hold": "open devices once, keep them open, and lend them to other commands",
 }
 

@@ -32,6 +32,11 @@ rate = typed(quantities.parse_rate)
 duration = typed(quantities.parse_duration)
 
 
+def parse_buffer(text: str) -> int | None:
+    """Return the bytes of a buffer, None for auto. Raises UsageError."""
+    return None if text == "auto" else quantities.parse_size(text)
+
+
 def _after(text: str) -> DeviceState:
     states = {"run": DeviceState.RUNNING, "stop": DeviceState.STOP}
     if text not in states:

@@ -19,7 +19,7 @@ from vfiomig.cli.transfer_text import transfer_text
 from vfiomig.cli.watch import Watch
 from vfiomig.errors import LocalIOError, UsageError
 from vfiomig.options import PreCopyLimits, QemuFraming, SaveOptions
-from vfiomig.quantities import format_size, parse_size
+from vfiomig.quantities import format_size
 from vfiomig.save import save
 from vfiomig.transport import open_sink
 from vfiomig.uapi import DeviceState
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("speed")
     group.add_argument(
         "--buffer",
-        type=arguments.typed(_buffer),
+        type=arguments.typed(arguments.parse_buffer),
         default=defaults.buffer_bytes,
         metavar="auto|SIZE",
         help="bytes of one read, 4K to 128M (default: auto, which is 1M unless reads are slow to"
@@ -123,10 +123,6 @@ def run(args: argparse.Namespace, out: Output) -> int:
         transfer_text(f"saved {report.device} to {where}", report),
     )
     return 0
-
-
-def _buffer(text: str) -> int | None:
-    return None if text == "auto" else parse_size(text)
 
 
 def _options(args: argparse.Namespace) -> SaveOptions:

@@ -1,0 +1,1 @@
+"""What `vfiomig bench` does: measure save and load, beside tools that only copy."""
