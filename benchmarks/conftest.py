@@ -1,20 +1,37 @@
-"""Fixtures for the benchmarks. Run: make bench."""
+"""What the benchmarks share. Run: make bench, or: pytest benchmarks --benchmark-only --quick."""
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 
 from vfiomig.fd import OwnedFd
 
-STATE_BYTES = 256 << 20
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is copied, and how often it is measured."""
+
+    state_bytes: int
+    rounds: int
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --quick: a quarter of the bytes, and fewer rounds; for trying, not for quoting."""
+    parser.addoption("--quick", action="store_true", help="64 MiB instead of 256, 3 rounds, not 7")
 
 
 @pytest.fixture(scope="session")
-def state() -> Iterator[OwnedFd]:
-    """A memfd of 256 MiB that is not zero, touched once: first touch costs seconds per GB."""
+def scale(request: pytest.FixtureRequest) -> Scale:
+    return Scale(64 << 20, 3) if request.config.getoption("--quick") else Scale(256 << 20, 7)
+
+
+@pytest.fixture(scope="session")
+def state(scale: Scale) -> Iterator[OwnedFd]:
+    """A memfd that is not zero, touched once: first touch costs seconds per GB."""
     block = os.urandom(1 << 20)
     with OwnedFd(os.memfd_create("state")) as fd:
-        for _ in range(STATE_BYTES >> 20):
+        for _ in range(scale.state_bytes >> 20):
             os.write(fd.fileno(), block)
         yield fd

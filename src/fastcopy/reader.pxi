@@ -99,7 +99,7 @@ cdef class StreamReader:
         cdef unsigned char[PAGE] expected
         cdef unsigned char *head
         cdef uint64_t length, chain
-        if self._have(template.room) < template.room:
+        if self._have(template.room) < <ssize_t>template.room:
             return 0
         head = self.buffer + self.start
         length = _load(head, template.length_at, template.big_endian)
@@ -154,13 +154,13 @@ cdef class StreamReader:
         if template.checksum_at >= 0 and digest is not None:
             if XXH3_64bits_digest(digest.state) != self.checksum:
                 return DAMAGED
-        if self._have(padding) < padding:
+        if self._have(padding) < <ssize_t>padding:
             return END_OF_STREAM
         for index in range(padding):
             if self.buffer[self.start + index]:
                 return PADDING_DAMAGED
         self._skip(padding)
-        if self._have(template.tail_bytes) < template.tail_bytes:
+        if self._have(template.tail_bytes) < <ssize_t>template.tail_bytes:
             return OTHER_TAIL
         if memcmp(self.buffer + self.start, template.tail, template.tail_bytes):
             return OTHER_TAIL
@@ -171,7 +171,7 @@ cdef class StreamReader:
         self.start += count
         self.offset += count
 
-    cdef size_t _have(self, size_t count) except? 0 nogil:
+    cdef ssize_t _have(self, size_t count) except -1 nogil:
         """Read until count bytes are there, or the stream ends. Returns how many there are."""
         while self.end - self.start < count and not self.ended:
             self._fill()

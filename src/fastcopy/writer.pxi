@@ -3,6 +3,8 @@ cdef enum:
     RUN_BYTES = 16384
     # Below it a second thread costs more than it brings (starting one, and its slots' first touch).
     THREADED_FROM_BYTES = 4194304
+    # With buffers that grew, as many slots as constant memory allows: 12 MiB of 4 MiB each.
+    GROWN_SLOTS = 3
     # The reads that are timed to choose a buffer: two of them first, then small and full in turn.
     TIMED_READS = 8
 
@@ -268,6 +270,7 @@ cdef class FrameWriter:
         if self.full_ns != <uint64_t>-1 and _is_fixed_cost_high(self.quarter_ns, self.full_ns):
             _take_memory(ring)
             self.buffer_bytes = self.grown_bytes
+            ring.depth = min(ring.depth, GROWN_SLOTS)
             if _give_memory(ring, 1, self.buffer_bytes):
                 self._fail(-1, ENOMEM)
         self.full_ns = <uint64_t>-1

@@ -30,6 +30,11 @@ class Recorder:
         return time.monotonic_ns() - self.started_ns
 
     @property
+    def has_listener(self) -> bool:
+        """Whether anybody is told of events; else the copy need not come back for them."""
+        return self._on_event is not None
+
+    @property
     def was_reset(self) -> bool:
         """Whether the device was reset on the way."""
         return any(change.by == "reset" for change in self.state_changes)
@@ -75,7 +80,7 @@ class Recorder:
     def copied(self, phase: str, device_bytes: int) -> None:
         """Tell the progress, ten times a second at most."""
         now_ns = time.monotonic_ns()
-        if self._on_event is None or now_ns - self._told_ns < PROGRESS_NS:
+        if not self.has_listener or now_ns - self._told_ns < PROGRESS_NS:
             return
         self._told_ns = now_ns
         elapsed_ns = now_ns - self.started_ns

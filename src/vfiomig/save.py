@@ -207,7 +207,10 @@ class _Saving:
         step_ns = 1 if self._options.chunk_events else PROGRESS_NS
         before = self._writer.device_bytes
         while True:
-            deadline_ns = time.monotonic_ns() + step_ns
+            deadline_ns = ends_ns
+            if self._recorder.has_listener:
+                soon_ns = time.monotonic_ns() + step_ns
+                deadline_ns = min(soon_ns, ends_ns) if ends_ns else soon_ns
             at = self._writer.device_bytes
             outcome = self._copy_until(channel, template, limit - (at - before), deadline_ns)
             self._tell(phase, at)
