@@ -39,7 +39,7 @@ test-cdev: .venv/ready-test
 		-- $(KERNEL_TESTS)
 
 bench: .venv/ready-test
-	$(BIN)/python -m pytest benchmarks --benchmark-only -q --rootdir .
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=func -q --rootdir . $(if $(QUICK),--quick)
 
 # The C programs that vfiomig bench compares with: --programs benchmarks/build
 bench-programs: benchmarks/build/qemu_like benchmarks/build/plain_ring

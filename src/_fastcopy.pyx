@@ -105,7 +105,7 @@ cdef extern from *:
     int poll(pollfd *, unsigned long, int) nogil
     int poll_ns(pollfd *, unsigned long, uint64_t) nogil
     int ECANCELED, ENOMSG, MSG_NOSIGNAL, MSG_DONTWAIT, MSG_MORE
-    int O_CLOEXEC, F_SETPIPE_SZ, F_GETPIPE_SZ, EFD_CLOEXEC, SEEK_CUR
+    int O_CLOEXEC, F_SETPIPE_SZ, F_GETPIPE_SZ, EFD_CLOEXEC, SEEK_CUR, SEEK_SET
     unsigned int SPLICE_F_MOVE
     struct iovec:
         void *iov_base
@@ -117,6 +117,7 @@ cdef extern from *:
     int pipe2(int *, int) nogil
     int eventfd(unsigned int, int) nogil
     int fcntl(int, int, ...) nogil
+    int fallocate(int, int, long, long) nogil
     int posix_memalign(void **, size_t, size_t) nogil
     ctypedef struct sem_t:
         pass

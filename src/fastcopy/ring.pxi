@@ -17,7 +17,7 @@ cdef struct Ring:
     int out_fd, wake_fd, stop_fd
     int reason  # errno of the write that failed; nothing is written after it
     bint stopping, to_socket, positional, direct
-    uint64_t offset  # where the next slot goes, when writes are positional
+    uint64_t offset, allocated  # when writes are positional: where the next slot goes; end of file
     uint64_t stream_bytes, direct_bytes
 
 

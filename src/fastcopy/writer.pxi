@@ -5,6 +5,8 @@ cdef enum:
     THREADED_FROM_BYTES = 4194304
     # With buffers that grew, as many slots as constant memory allows: 12 MiB of 4 MiB each.
     GROWN_SLOTS = 3
+    # How far ahead of its end a file is made longer.
+    AHEAD_BYTES = 67108864
     # The reads that are timed to choose a buffer: two of them first, then small and full in turn.
     TIMED_READS = 8
 
@@ -53,8 +55,9 @@ cdef class FrameWriter:
 
     ring_slots: how many buffers; with more than one, a thread of our own writes what copy() reads,
     once 4 MiB have passed. writers: that many such threads, each with pwrite() at its own place of
-    a file (for O_DIRECT; where it is refused, the page cache serves). grown_bytes: 0, or the size
-    to which buffers grow when the first reads show that they have a high fixed cost. leave_holes:
+    a file (for O_DIRECT; where it is refused, the page cache serves). The file is made longer ahead
+    of them; its offset is where they left off, and there it is to be cut. grown_bytes: 0, or the
+    size to which buffers grow when the first reads show that they have a high fixed cost. leave_holes:
     out_fd is a new file, where runs of zeros that travel as payload may stay unwritten.
 
     One thread at a time. Counters may be read from any thread, and survive an exception: they say
@@ -92,7 +95,7 @@ cdef class FrameWriter:
         self.ring.to_socket, self.ring.direct = is_socket(out_fd), is_direct(out_fd)
         self.ring.positional = writers > 1
         if self.ring.positional:
-            self.ring.offset = lseek(out_fd, 0, SEEK_CUR)
+            self.ring.offset = self.ring.allocated = lseek(out_fd, 0, SEEK_CUR)
         self.writers, self.leave_holes, self.buffer_bytes = writers, leave_holes, buffer_bytes
         self.grown_bytes, self.owner_pid = grown_bytes, getpid()
         if grown_bytes <= buffer_bytes:
@@ -309,7 +312,13 @@ cdef class FrameWriter:
             for index in range(self.ring.depth):
                 self._wait_for(&self.ring.slots[index])
                 sem_post(&self.ring.slots[index].is_free)
+            self._leave_off()
         return 0
+
+    cdef void _leave_off(self) noexcept nogil:
+        """Let the file's own offset be where writing ended: positional writes do not move it."""
+        if self.ring.positional:
+            lseek(self.ring.out_fd, self.ring.offset, SEEK_SET)
 
     cdef int _hand_over(self, Slot *slot) except -1 nogil:
         """Write a filled slot, now or by a thread."""
@@ -326,6 +335,11 @@ cdef class FrameWriter:
         slot.at, slot.offset = 0, self.ring.offset
         for index in range(slot.count):
             self.ring.offset += slot.pieces[index].iov_len
+        while self.ring.positional and self.ring.offset > self.ring.allocated:
+            # Writes that extend a file lock each other out (ext4, xfs). Where it cannot be done
+            # ahead, they are slower, and the disk that is full says so itself.
+            fallocate(self.ring.out_fd, 0, self.ring.allocated, AHEAD_BYTES)
+            self.ring.allocated += AHEAD_BYTES
 
     cdef int _write_now(self, Slot *slot) except -1 nogil:
         cdef int reason
@@ -338,6 +352,7 @@ cdef class FrameWriter:
                 reason = ECANCELED
         if reason:
             self._fail(self.ring.out_fd, reason)
+        self._leave_off()
         return 0
 
     cdef int _pace(self, Slot *slot) except -1 nogil:

@@ -109,9 +109,11 @@ class FileSink:
 
     def commit(self) -> None:
         """Sync, name and sync again: after this the file survives a crash. Raises LocalIOError."""
-        directory_fd = self._directory.fileno()
+        directory_fd, fd = self._directory.fileno(), self._fd.fileno()
         try:
-            os.fsync(self._fd.fileno())
+            if self.is_direct:  # made longer ahead of the writes
+                os.ftruncate(fd, os.lseek(fd, 0, os.SEEK_CUR))
+            os.fsync(fd)
             self._give_name(directory_fd)
         except OSError as err:
             raise _local(f"cannot finish {self.name}", err) from err
