@@ -63,8 +63,8 @@ cdef class StreamReader:
         PADDING_DAMAGED: it is not zero.
 
         A write that fails or is interrupted is not repeated; a short one goes on. Raises OSError;
-        ECANCELED between writes when woken. The digest does not count the piece that failed; the
-        rest of the frame can be copied to nowhere.
+        ECANCELED between writes when woken. The digest counts what was written; the rest of the
+        frame can be copied to nowhere.
         """
         cdef int outcome
         with nogil:
@@ -127,8 +127,9 @@ cdef class StreamReader:
         return 1
 
     cdef int _move(self, int dst, Digest digest) except -1 nogil:
-        """Write one piece of the frame's payload. Returns 0 when the stream ends before it."""
+        """Write once, of the frame's payload. Returns 0 when the stream ends before it."""
         cdef size_t piece
+        cdef ssize_t put
         cdef const unsigned char *data = ZEROS
         if self.is_zeros:
             piece = min(self.left_bytes, <uint64_t>sizeof(ZEROS))
@@ -137,14 +138,19 @@ cdef class StreamReader:
                 return 0
             piece = min(self.left_bytes, <uint64_t>(self.end - self.start))
             data = self.buffer + self.start
-        self._write_all(dst, data, piece)
+        if _cancelled(self.wake_fd):
+            self._fail(self.in_fd, ECANCELED)
+        put = <ssize_t>piece if dst < 0 else write(dst, data, piece)
+        if put <= 0:
+            self._fail(dst, errno if put < 0 else EIO)
         if digest is not None:
-            update_digest(digest.state, data, piece)
+            update_digest(digest.state, data, put)
         if self.is_zeros:
-            self.zero_bytes += piece
+            self.zero_bytes += put
         else:
-            self._skip(piece)
-        self.left_bytes -= piece
+            self._skip(put)
+        self.device_bytes += put
+        self.left_bytes -= put
         return 1
 
     cdef int _end_frame(self, Template template, Digest digest) except -1 nogil:
@@ -199,19 +205,6 @@ cdef class StreamReader:
             _interrupted()
         elif errno != EAGAIN:
             self._fail(self.in_fd, errno)
-        return 0
-
-    cdef int _write_all(self, int dst, const unsigned char *data, size_t count) except -1 nogil:
-        cdef ssize_t put
-        if _cancelled(self.wake_fd):
-            self._fail(self.in_fd, ECANCELED)
-        while count:
-            put = <ssize_t>count if dst < 0 else write(dst, data, count)
-            if put <= 0:
-                self._fail(dst, errno if put < 0 else EIO)
-            data += put
-            count -= put
-            self.device_bytes += put
         return 0
 
     cdef int _fail(self, int fd, int reason) except -1 nogil:

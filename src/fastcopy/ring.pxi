@@ -116,7 +116,10 @@ cdef int _give_memory(Ring *ring, int slots, size_t buffer_bytes) noexcept nogil
         slot = &ring.slots[ring.memory_slots]
         # One page in front for the head, two behind for padding and tail: a frame is one write.
         slot.memory = _aligned(PAGE + buffer_bytes + 2 * PAGE)
-        slot.pieces = <iovec *>calloc(buffer_bytes // (2 * RUN_BYTES) + 4, 2 * sizeof(iovec))
+        # A run and the page that ends it make two pieces, when the run becomes a hole.
+        slot.pieces = <iovec *>calloc(
+            2 * (buffer_bytes // (RUN_BYTES + PAGE)) + 6, sizeof(iovec)
+        )
         ring.memory_slots += 1
         if slot.memory == NULL or slot.pieces == NULL:
             return ENOMEM

@@ -57,8 +57,8 @@ cdef class FrameWriter:
     once 4 MiB have passed. writers: that many such threads, each with pwrite() at its own place of
     a file (for O_DIRECT; where it is refused, the page cache serves). The file is made longer ahead
     of them; its offset is where they left off, and there it is to be cut. grown_bytes: 0, or the
-    size to which buffers grow when the first reads show that they have a high fixed cost. leave_holes:
-    out_fd is a new file, where runs of zeros that travel as payload may stay unwritten.
+    size to which buffers grow when the first reads show that a read has a high fixed cost.
+    leave_holes: out_fd is a new file, where zeros that travel as payload may stay unwritten.
 
     One thread at a time. Counters may be read from any thread, and survive an exception: they say
     how far it got. bytes_per_s may be set from any thread: 0, or the most to write in a second.
@@ -68,7 +68,8 @@ cdef class FrameWriter:
     cdef int writers, timed_reads, owner_pid
     cdef bint leave_holes, tried_threads
     cdef size_t grown_bytes
-    cdef uint64_t quarter_ns, full_ns, due_ns
+    cdef uint64_t quarter_ns, full_ns, paced_ns
+    cdef double owed_bytes
     cdef int[2] pipe_fds
     cdef size_t pipe_bytes
     cdef readonly size_t buffer_bytes
@@ -103,8 +104,7 @@ cdef class FrameWriter:
         self.quarter_ns = self.full_ns = <uint64_t>-1
 
     def __dealloc__(self):
-        if self.owner_pid == getpid():  # threads do not survive a fork
-            _stop_threads(&self.ring)
+        self._stop()
         _take_memory(&self.ring)
         free(self.ring.slots)
         free(self.ring.threads)
@@ -123,8 +123,14 @@ cdef class FrameWriter:
     def close(self):
         """Stop the threads, whatever is still to be written. The writer is not used afterwards."""
         with nogil:
-            _stop_threads(&self.ring)
+            self._stop()
         self._close_pipe()
+
+    cdef void _stop(self) noexcept nogil:
+        if self.owner_pid == getpid():
+            _stop_threads(&self.ring)
+        else:  # threads do not survive a fork, and the eventfd is still the parent's
+            self.ring.threads_running = 0
 
     def flush(self):
         """Wait until all that was read is written. Raises OSError, ECANCELED when woken."""
@@ -195,7 +201,7 @@ cdef class FrameWriter:
                     self._flush()
         except BaseException:
             with nogil:
-                _stop_threads(&self.ring)
+                self._stop()
             raise
         return outcome
 
@@ -358,23 +364,26 @@ cdef class FrameWriter:
     cdef int _pace(self, Slot *slot) except -1 nogil:
         """Wait until the rate allows this slot to be written."""
         cdef pollfd waiter
-        cdef uint64_t now_ns, count = 0
+        cdef uint64_t now_ns
         cdef int index
-        if self.bytes_per_s == 0:
-            return 0
-        now_ns = monotonic_ns()
-        # What was late may be made good for a while, or a busy machine would stay below the rate.
-        self.due_ns = max(self.due_ns, now_ns - 50_000_000) if self.due_ns else now_ns
-        while now_ns < self.due_ns:
+        while self.bytes_per_s:
+            now_ns = monotonic_ns()
+            self.paced_ns = self.paced_ns or now_ns
+            self.owed_bytes -= 1e-9 * (now_ns - self.paced_ns) * self.bytes_per_s
+            # What was late may be made good for 50 ms, or a busy machine would stay below the rate.
+            self.owed_bytes = max(self.owed_bytes, -0.05 * self.bytes_per_s)
+            self.paced_ns = now_ns
+            if self.owed_bytes <= 0:
+                break
             waiter.fd, waiter.events, waiter.revents = self.ring.wake_fd, POLLIN, 0
-            if poll_ns(&waiter, 1, self.due_ns - now_ns) < 0:
+            # At most 50 ms, for the rate may change meanwhile.
+            now_ns = <uint64_t>min(5e7, 1e9 * self.owed_bytes / self.bytes_per_s + 1)
+            if poll_ns(&waiter, 1, now_ns) < 0:
                 _interrupted()
             elif waiter.revents:
                 self._fail(self.ring.out_fd, ECANCELED)
-            now_ns = monotonic_ns()
         for index in range(slot.count):
-            count += slot.pieces[index].iov_len
-        self.due_ns += count * 1_000_000_000 // self.bytes_per_s
+            self.owed_bytes += slot.pieces[index].iov_len
         return 0
 
     cdef int _emit(

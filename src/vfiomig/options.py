@@ -88,7 +88,9 @@ class SaveOptions:
         """Raise UsageError or NotMigratableError for what cannot work."""
         if self.framing != "native" and not isinstance(self.framing, QemuFraming):
             raise UsageError(f"unknown framing {self.framing!r}: native or qemu")
-        _check_common(self.after, self.buffer_bytes or DEFAULT_BUFFER_BYTES)
+        _check_common(
+            self.after, DEFAULT_BUFFER_BYTES if self.buffer_bytes is None else self.buffer_bytes
+        )
         if not 1 <= self.ring_slots <= MAX_RING_SLOTS:
             raise UsageError(f"a ring of {self.ring_slots} slots: 1 to {MAX_RING_SLOTS}")
         if self.bytes_per_s < 0:
