@@ -1,6 +1,4 @@
 cdef enum:
-    # The shortest run of zeros worth a frame of its own: in a file, two frames take two pages more.
-    RUN_BYTES = 16384
     # Below it a second thread costs more than it brings (starting one, and its slots' first touch).
     THREADED_FROM_BYTES = 4194304
     # With buffers that grew, as many slots as constant memory allows: 12 MiB of 4 MiB each.
@@ -24,31 +22,6 @@ cdef bint _is_fixed_cost_high(uint64_t quarter_ns, uint64_t full_ns) noexcept no
     return 4 * quarter_ns > full_ns and (4 * quarter_ns - full_ns) * 10 > 3 * full_ns
 
 
-cdef bint _is_zero(const unsigned char *data, size_t count) noexcept nogil:
-    # Equal to itself shifted by one, and the first byte zero: libc's vector speed.
-    return data[0] == 0 and memcmp(data, data + 1, count - 1) == 0
-
-
-cdef size_t _zero_run(
-    const unsigned char *data, size_t start, size_t count, size_t *end
-) noexcept nogil:
-    """Return where the next run of zeros worth leaving out begins, count if none does.
-
-    From start on, a page boundary; *end is where the run ends. A chunk that is all zero is a run.
-    """
-    cdef size_t at
-    while start < count:
-        at = start
-        while at < count and _is_zero(data + at, min(<size_t>PAGE, count - at)):
-            at = min(at + PAGE, count)
-        if at - start >= RUN_BYTES or (start == 0 and at == count):
-            end[0] = at
-            return start
-        start = at + PAGE
-    end[0] = count
-    return count
-
-
 @cython.final
 cdef class FrameWriter:
     """Device to stream: reads chunks, and writes each as a frame, or as some where runs are zero.
@@ -68,14 +41,15 @@ cdef class FrameWriter:
     cdef int writers, timed_reads, owner_pid
     cdef bint leave_holes, tried_threads
     cdef size_t grown_bytes
-    cdef uint64_t quarter_ns, full_ns, paced_ns
-    cdef double owed_bytes
+    cdef uint64_t quarter_ns, full_ns
+    cdef Pace pace
+    cdef Numbers numbers
     cdef int[2] pipe_fds
     cdef size_t pipe_bytes
     cdef readonly size_t buffer_bytes
-    cdef readonly uint64_t device_bytes, zero_bytes, frames, spliced_bytes
+    cdef readonly uint64_t device_bytes, frames, zero_bytes, spliced_bytes
     cdef readonly int failed_fd
-    cdef public uint64_t sequence, chain, bytes_per_s
+    cdef public uint64_t bytes_per_s
 
     def __cinit__(
         self, int out_fd, size_t buffer_bytes, *, int wake_fd=-1, int ring_slots=1, int writers=1,
@@ -109,6 +83,24 @@ cdef class FrameWriter:
         free(self.ring.slots)
         free(self.ring.threads)
         self._close_pipe()
+
+    @property
+    def sequence(self):
+        """The number of the next frame."""
+        return self.numbers.sequence
+
+    @sequence.setter
+    def sequence(self, uint64_t value):
+        self.numbers.sequence = value
+
+    @property
+    def chain(self):
+        """What the next frame's chain is seeded with."""
+        return self.numbers.chain
+
+    @chain.setter
+    def chain(self, uint64_t value):
+        self.numbers.chain = value
 
     @property
     def stream_bytes(self):
@@ -161,11 +153,12 @@ cdef class FrameWriter:
             memcpy(slot.memory + PAGE, &data[0], count)
         slot.count = 0
         with nogil:
-            self._frame_data(
-                template, slot, 0, count, XXH3_64bits(slot.memory + PAGE, count), False
+            _frame_data(
+                &self.numbers, template, slot, 0, count, XXH3_64bits(slot.memory + PAGE, count),
+                False,
             )
             self._write_now(slot)
-        self.frames += 1
+        self._count()
 
     def copy(
         self, int src, Template template not None, uint64_t limit, Digest digest=None, *,
@@ -246,7 +239,9 @@ cdef class FrameWriter:
             else:
                 if self.timed_reads < TIMED_READS:
                     self._note_read(asked, got, monotonic_ns() - started_ns)
-                self._emit(template, slot, got, digest)
+                _frame_chunk(&self.numbers, template, slot, got, digest, self.leave_holes)
+                self._hand_over(slot)
+                self._count()
             self.device_bytes += got
             limit -= got
             if deadline_ns and monotonic_ns() >= deadline_ns:
@@ -361,130 +356,29 @@ cdef class FrameWriter:
         self._leave_off()
         return 0
 
+    cdef void _count(self) noexcept nogil:
+        self.frames, self.zero_bytes = self.numbers.frames, self.numbers.zero_bytes
+
     cdef int _pace(self, Slot *slot) except -1 nogil:
         """Wait until the rate allows this slot to be written."""
         cdef pollfd waiter
-        cdef uint64_t now_ns
+        cdef uint64_t pause_ns
         cdef int index
+        if self.bytes_per_s == 0:
+            self.pace.owed = 0
+            return 0
         while self.bytes_per_s:
-            now_ns = monotonic_ns()
-            self.paced_ns = self.paced_ns or now_ns
-            self.owed_bytes -= 1e-9 * (now_ns - self.paced_ns) * self.bytes_per_s
-            # What was late may be made good for 50 ms, or a busy machine would stay below the rate.
-            self.owed_bytes = max(self.owed_bytes, -0.05 * self.bytes_per_s)
-            self.paced_ns = now_ns
-            if self.owed_bytes <= 0:
+            pause_ns = _pause_ns(&self.pace, self.bytes_per_s)
+            if pause_ns == 0:
                 break
             waiter.fd, waiter.events, waiter.revents = self.ring.wake_fd, POLLIN, 0
-            # At most 50 ms, for the rate may change meanwhile.
-            now_ns = <uint64_t>min(5e7, 1e9 * self.owed_bytes / self.bytes_per_s + 1)
-            if poll_ns(&waiter, 1, now_ns) < 0:
+            if poll_ns(&waiter, 1, pause_ns) < 0:
                 _interrupted()
             elif waiter.revents:
                 self._fail(self.ring.out_fd, ECANCELED)
         for index in range(slot.count):
-            self.owed_bytes += slot.pieces[index].iov_len
+            self.pace.owed += slot.pieces[index].iov_len
         return 0
-
-    cdef int _emit(
-        self, Template template, Slot *slot, size_t count, Digest digest
-    ) except -1 nogil:
-        """Write the chunk in slot: as one frame, or as one for each part that is zero or not."""
-        cdef unsigned char *payload = slot.memory + PAGE
-        cdef size_t at = 0, zeros_at, zeros_end
-        cdef uint64_t frames = 0, zero_bytes = 0
-        if template.zeros_kind < 0:
-            self._frame_data(template, slot, 0, count, self._digested(digest, payload, count), 0)
-            if self.leave_holes:
-                self._cut_holes(slot, payload, count)
-            frames = 1
-        while template.zeros_kind >= 0 and at < count:
-            zeros_at = _zero_run(payload, at, count, &zeros_end)
-            if zeros_at > at:
-                self._frame_data(
-                    template, slot, at, zeros_at,
-                    self._digested(digest, payload + at, zeros_at - at), zeros_at < count,
-                )
-                frames += 1
-            if zeros_end > zeros_at:
-                self._frame_zeros(
-                    template, slot, zeros_at, zeros_end,
-                    self._digested(digest, payload + zeros_at, zeros_end - zeros_at),
-                    zeros_end < count,
-                )
-                frames += 1
-                zero_bytes += zeros_end - zeros_at
-            at = zeros_end
-        self._hand_over(slot)
-        self.frames += frames
-        self.zero_bytes += zero_bytes
-        return 0
-
-    cdef uint64_t _digested(
-        self, Digest digest, const unsigned char *data, size_t count
-    ) noexcept nogil:
-        if digest is None:
-            return 0
-        update_digest(digest.state, data, count)
-        return XXH3_64bits_digest(digest.state)
-
-    cdef void _begin_head(
-        self, Template template, unsigned char *head, bint goes_on
-    ) noexcept nogil:
-        memcpy(head, template.head, template.head_bytes)
-        if goes_on:
-            head[template.flags_at] |= <unsigned char>template.continued
-
-    cdef void _end_head(
-        self, Template template, unsigned char *head, uint64_t count, uint64_t checksum
-    ) noexcept nogil:
-        self.chain = _fill_head(template, head, count, self.sequence, checksum, self.chain)
-        self.sequence += 1
-
-    cdef void _frame_data(
-        self, Template template, Slot *slot, size_t start, size_t end, uint64_t checksum,
-        bint goes_on,
-    ) noexcept nogil:
-        """Add payload[start:end] with its head, which lies in front: before start all was sent."""
-        cdef unsigned char *payload = slot.memory + PAGE
-        cdef unsigned char *head = payload + start - template.room
-        cdef size_t padding = _padding(template, end - start)
-        self._begin_head(template, head, goes_on)
-        self._end_head(template, head, end - start, checksum)
-        memset(payload + end, 0, padding)
-        memcpy(payload + end + padding, template.tail, template.tail_bytes)
-        _add_piece(slot, head, template.room + end - start + padding + template.tail_bytes)
-
-    cdef void _frame_zeros(
-        self, Template template, Slot *slot, size_t start, size_t end, uint64_t checksum,
-        bint goes_on,
-    ) noexcept nogil:
-        """Add the head of a run of zeros, which lies where the run does."""
-        cdef unsigned char *head = slot.memory + PAGE + start
-        self._begin_head(template, head, goes_on)
-        head[template.kind_at] = <unsigned char>template.zeros_kind
-        self._end_head(template, head, end - start, checksum)
-        if start:  # behind payload, which ends at a page: one piece with it
-            slot.pieces[slot.count - 1].iov_len += template.room
-        else:
-            _add_piece(slot, head, template.room)
-
-    cdef void _cut_holes(self, Slot *slot, unsigned char *payload, size_t count) noexcept nogil:
-        """Split the only piece of slot around the runs of zeros in its payload."""
-        cdef unsigned char *start = <unsigned char *>slot.pieces[0].iov_base
-        cdef unsigned char *end = start + slot.pieces[0].iov_len
-        cdef size_t at = 0, zeros_at, zeros_end
-        slot.count = 0
-        while at < count:
-            zeros_at = _zero_run(payload, at, count, &zeros_end)
-            if zeros_at == count:
-                break
-            _add_piece(slot, start, payload + zeros_at - start)
-            _add_piece(slot, NULL, zeros_end - zeros_at)
-            self.zero_bytes += zeros_end - zeros_at
-            start = payload + zeros_end
-            at = zeros_end
-        _add_piece(slot, start, end - start)
 
     cdef int _emit_spliced(self, Template template, Slot *slot, size_t count) except -1 nogil:
         cdef unsigned char *head = slot.memory + PAGE - template.room
@@ -492,8 +386,8 @@ cdef class FrameWriter:
         cdef size_t left = count
         cdef ssize_t put
         cdef int reason
-        self._begin_head(template, head, False)
-        self._end_head(template, head, count, 0)
+        _begin_head(template, head, False)
+        _end_head(&self.numbers, template, head, count, 0)
         _add_piece(slot, head, template.room)
         self._hand_over(slot)
         self._flush()
@@ -520,7 +414,7 @@ cdef class FrameWriter:
         memcpy(slot.memory + PAGE + padding, template.tail, template.tail_bytes)
         _add_piece(slot, slot.memory + PAGE, padding + template.tail_bytes)
         self._write_now(slot)
-        self.frames += 1
+        self._count()
         return 0
 
     cdef int _empty_pipe(self, Slot *slot, size_t left) except -1 nogil:
