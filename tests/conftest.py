@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
 import signal
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import settings
 
+from copying import only_threads, thread_ids
 from vfiomig.fd import OwnedFd
 
 # A machine that is busy with something else is no failure.
@@ -26,8 +28,10 @@ LD_W_ABS, JEQ, RET = 0x20, 0x15, 0x06
 RET_ALLOW, RET_ERRNO = 0x7FFF0000, 0x00050000
 # arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h
 SYSCALLS = {
-    "x86_64": {"read": 0, "write": 1, "sendto": 44, "fsync": 74, "linkat": 265, "splice": 275},
-    "aarch64": {"read": 63, "write": 64, "sendto": 206, "fsync": 82, "linkat": 37, "splice": 76},
+    "x86_64": {"read": 0, "write": 1, "sendto": 44, "fsync": 74, "linkat": 265, "splice": 275}
+    | {"clone": 56, "clone3": 435},
+    "aarch64": {"read": 63, "write": 64, "sendto": 206, "fsync": 82, "linkat": 37, "splice": 76}
+    | {"clone": 220, "clone3": 435},
 }
 
 
@@ -39,7 +43,7 @@ def _refuse(syscall: str, fd: int, code: int) -> None:
             (LD_W_ABS, 0, 0, 0),  # seccomp_data.nr
             (JEQ, 0, 3, number),
             (LD_W_ABS, 0, 0, 16),  # seccomp_data.args[0], low half
-            (JEQ, 0, 1, fd),
+            (JEQ, 0, fd >= 0, fd & 0xFFFFFFFF),
             (RET, 0, 0, RET_ERRNO | code),
             (RET, 0, 0, RET_ALLOW),
         ]
@@ -87,7 +91,10 @@ def _open_fds() -> dict[int, str]:
 
 @pytest.fixture(scope="session")
 def refuse() -> Callable[[str, int, int], None]:
-    """Let one system call on one descriptor fail: name, fd, errno. For good: in a child only."""
+    """Let one system call on one descriptor fail: name, fd (-1: any), errno.
+
+    For good, and for the threads that are started later: in a child only.
+    """
     if platform.machine() not in SYSCALLS:
         pytest.skip(f"the filter does not know the system calls of {platform.machine()}")
     return _refuse
@@ -109,6 +116,16 @@ def filled() -> Callable[[bytes], OwnedFd]:
 def open_fds() -> Callable[[], dict[int, str]]:
     """Return what descriptors are open, and what each is."""
     return _open_fds
+
+
+@pytest.fixture
+def leaves_nothing() -> Iterator[None]:
+    """No descriptor and no thread, Python's or not, is left of a test."""
+    fds, threads = _open_fds(), thread_ids()
+    yield
+    gc.collect()  # what holds an exception holds its frames
+    assert only_threads(threads)
+    assert not _open_fds().items() - fds.items()
 
 
 @pytest.fixture

@@ -14,17 +14,9 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from copying import EVERYTHING, Filled, InThread, counted, drained, pipe, whole
 from vfiomig._fastcopy import Digest, FrameWriter, Outcome, Template, xxh3_64
 from vfiomig.fd import OwnedFd
-
-Filled = Callable[[bytes], OwnedFd]
-InThread = Callable[[Callable[[], object]], threading.Thread]
-EVERYTHING = 1 << 62
-
-
-def counted() -> Template:
-    """Eight bytes of length before each chunk, and nothing else."""
-    return Template(bytes(8), length_at=0)
 
 
 def chunks(stream: bytes) -> list[bytes]:
@@ -34,20 +26,6 @@ def chunks(stream: bytes) -> list[bytes]:
         found.append(stream[8 : 8 + length])
         stream = stream[8 + length :]
     return found
-
-
-def whole(fd: OwnedFd) -> bytes:
-    return os.pread(fd.fileno(), os.fstat(fd.fileno()).st_size, 0)
-
-
-def pipe() -> tuple[OwnedFd, OwnedFd]:
-    read_fd, write_fd = os.pipe()
-    return OwnedFd(read_fd), OwnedFd(write_fd)
-
-
-def drained(fd: int) -> bytes:
-    with open(fd, "rb", closefd=False) as file:
-        return file.read()
 
 
 def test_each_read_becomes_one_frame(filled: Filled) -> None:

@@ -1,51 +1,28 @@
 """Copying that fails, is interrupted or cancelled: the counters say how far it got."""
 
 import errno
-import fcntl
 import os
 import socket
 import struct
-import termios
 import threading
-from collections.abc import Callable
 
 import pytest
 
-from vfiomig._fastcopy import FrameWriter, Outcome, Template
+from copying import (
+    EVERYTHING,
+    Alarms,
+    Filled,
+    InChild,
+    InThread,
+    Refuse,
+    asleep,
+    counted,
+    drained,
+    pipe,
+    unread_bytes,
+)
+from vfiomig._fastcopy import FrameWriter, Outcome
 from vfiomig.fd import OwnedFd
-
-Filled = Callable[[bytes], OwnedFd]
-InChild = Callable[[Callable[[], object]], None]
-InThread = Callable[[Callable[[], object]], threading.Thread]
-Refuse = Callable[[str, int, int], None]
-Alarms = Callable[[Callable[[], object]], None]
-EVERYTHING = 1 << 62
-
-
-def counted() -> Template:
-    return Template(bytes(8), length_at=0)
-
-
-def pipe() -> tuple[OwnedFd, OwnedFd]:
-    read_fd, write_fd = os.pipe()
-    return OwnedFd(read_fd), OwnedFd(write_fd)
-
-
-def drained(fd: int) -> bytes:
-    with open(fd, "rb", closefd=False) as file:
-        return file.read()
-
-
-def asleep(thread_id: int) -> bool:
-    """Whether a thread waits in the kernel: proc(5), the state in /proc/self/task/TID/stat."""
-    with open(f"/proc/self/task/{thread_id}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0] == "S"
-
-
-def unread_bytes(fd: int) -> int:
-    found = bytearray(4)
-    fcntl.ioctl(fd, termios.FIONREAD, found)
-    return int.from_bytes(found, "little")
 
 
 @pytest.mark.parametrize(

@@ -5,35 +5,18 @@ import errno
 import os
 import socket
 import struct
-import threading
-from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from copying import EVERYTHING, Filled, InChild, InThread, OpenFds, Refuse, pipe, whole
 from vfiomig._fastcopy import Digest, FrameWriter, Outcome, Template
 from vfiomig.fd import OwnedFd
-
-Filled = Callable[[bytes], OwnedFd]
-InChild = Callable[[Callable[[], object]], None]
-InThread = Callable[[Callable[[], object]], threading.Thread]
-OpenFds = Callable[[], dict[int, str]]
-Refuse = Callable[[str, int, int], None]
-EVERYTHING = 1 << 62
 
 
 def counted(**more: int) -> Template:
     return Template(bytes(8), length_at=0, **more)  # type: ignore[arg-type]
-
-
-def pipe() -> tuple[OwnedFd, OwnedFd]:
-    read_fd, write_fd = os.pipe()
-    return OwnedFd(read_fd), OwnedFd(write_fd)
-
-
-def whole(fd: OwnedFd) -> bytes:
-    return os.pread(fd.fileno(), os.fstat(fd.fileno()).st_size, 0)
 
 
 def payload(stream: bytes) -> bytes:

@@ -2,21 +2,13 @@
 
 import os
 import struct
-from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import xxhash
 
+from copying import EVERYTHING, Filled, whole
 from vfiomig._fastcopy import Digest, FrameWriter, Template
-from vfiomig.fd import OwnedFd
-
-Filled = Callable[[bytes], OwnedFd]
-EVERYTHING = 1 << 62
-
-
-def whole(fd: OwnedFd) -> bytes:
-    return os.pread(fd.fileno(), os.fstat(fd.fileno()).st_size, 0)
 
 
 def test_payloads_are_aligned_and_padded_with_zeros(filled: Filled) -> None:
@@ -95,6 +87,14 @@ def test_headers_are_chained_and_carry_the_running_digest(filled: Filled) -> Non
         {"kind_at": -2},
         {"zeros_kind": 3},
         {"kind_at": 0, "zeros_kind": 256},
+        {"kind_at": 0, "zeros_kind": 3, "tail": b"tail"},
+        {"kind_at": 0, "zeros_kind": 3, "align": 3},
+        {"kind_at": 0, "zeros_kind": 3, "align": 4095},
+        {"flags_at": 64},
+        {"flags_at": -2},
+        {"continued": 2},
+        {"flags_at": 0, "continued": 256},
+        {"flags_at": 0, "continued": -1},
     ],
 )
 def test_templates_that_do_not_fit_are_refused(fields: dict[str, int]) -> None:

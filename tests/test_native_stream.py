@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from vfiomig.incoming.native_frames import NativeIncoming
 from vfiomig.outgoing import NativeOutgoing
 
 Filled = Callable[[bytes], OwnedFd]
+InChild = Callable[[Callable[[], None]], None]
 DATA = Path(__file__).parent / "data"
 NO_LIMIT = 1 << 40
 ENTRY = DeviceEntry(
@@ -65,6 +68,20 @@ def transferred(
         assert isinstance(incoming, NativeIncoming)
         incoming.transfer(dst.fileno(), frames.append)
         return incoming, whole(dst), frames
+
+
+def test_the_byte_that_a_device_refuses_is_told(filled: Filled, in_child: InChild) -> None:
+    def load() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
+        incoming = open_incoming(StreamReader(src.fileno(), 4096), NO_LIMIT)
+        with pytest.raises(OSError, match="File too large"):
+            incoming.transfer(dst.fileno())
+        assert incoming.refused_at == 6000
+
+    stream = oracle.write([oracle.data(b"x" * 5000), oracle.data(b"y" * 5000)])
+    with filled(stream) as src, filled(b"") as dst:
+        in_child(load)
 
 
 content = st.builds(

@@ -81,8 +81,9 @@ cdef int _write_slot(Ring *ring, Slot *slot) noexcept nogil:
         reason = errno if put < 0 else EIO  # 0 would spin forever: treat it as an I/O error
         if reason == EINVAL and was_direct:
             # open(2): O_DIRECT's alignment is the file system's choice. The page cache takes all.
-            ring.direct = False
+            # In this order, so that who is refused meanwhile knows why.
             reason = 0 if leave_direct(ring.out_fd) == 0 else errno
+            ring.direct = False
         elif reason == EAGAIN:
             reason = _await(ring.out_fd, POLLOUT, ring.wake_fd, ring.stop_fd)
         if reason:

@@ -27,11 +27,12 @@ cdef class FrameWriter:
     """Device to stream: reads chunks, and writes each as a frame, or as some where runs are zero.
 
     ring_slots: how many buffers; with more than one, a thread of our own writes what copy() reads,
-    once 4 MiB have passed. writers: that many such threads, each with pwrite() at its own place of
-    a file (for O_DIRECT; where it is refused, the page cache serves). The file is made longer ahead
-    of them; its offset is where they left off, and there it is to be cut. grown_bytes: 0, or the
-    size to which buffers grow when the first reads show that a read has a high fixed cost.
-    leave_holes: out_fd is a new file, where zeros that travel as payload may stay unwritten.
+    once 4 MiB have passed, unless out_fd is a pipe or a device that blocks. writers: that many such
+    threads, each with pwrite() at its own place of a file (for O_DIRECT; where it is refused, the
+    page cache serves). The file is made longer ahead of them; its offset is where they left off,
+    and there it is to be cut. grown_bytes: 0, or the size to which buffers grow when the first
+    reads show that a read has a high fixed cost. leave_holes: out_fd is a new file, where zeros
+    that travel as payload may stay unwritten, but for the last bytes of all.
 
     One thread at a time. Counters may be read from any thread, and survive an exception: they say
     how far it got. bytes_per_s may be set from any thread: 0, or the most to write in a second.
@@ -68,6 +69,8 @@ cdef class FrameWriter:
             raise MemoryError()
         self.ring.depth, self.ring.out_fd, self.ring.wake_fd = ring_slots, out_fd, wake_fd
         self.ring.to_socket, self.ring.direct = is_socket(out_fd), is_direct(out_fd)
+        if not self.ring.to_socket and may_block(out_fd) and is_blocking(out_fd):
+            self.ring.depth = 1  # nothing could end a thread that waits there
         self.ring.positional = writers > 1
         if self.ring.positional:
             self.ring.offset = self.ring.allocated = lseek(out_fd, 0, SEEK_CUR)
@@ -362,13 +365,14 @@ cdef class FrameWriter:
     cdef int _pace(self, Slot *slot) except -1 nogil:
         """Wait until the rate allows this slot to be written."""
         cdef pollfd waiter
-        cdef uint64_t pause_ns
+        cdef uint64_t bytes_per_s, pause_ns
         cdef int index
-        if self.bytes_per_s == 0:
-            self.pace.owed = 0
-            return 0
-        while self.bytes_per_s:
-            pause_ns = _pause_ns(&self.pace, self.bytes_per_s)
+        while True:
+            bytes_per_s = self.bytes_per_s  # once: another thread may set it to 0
+            if bytes_per_s == 0:
+                self.pace.owed = 0
+                return 0
+            pause_ns = _pause_ns(&self.pace, bytes_per_s)
             if pause_ns == 0:
                 break
             waiter.fd, waiter.events, waiter.revents = self.ring.wake_fd, POLLIN, 0

@@ -160,14 +160,14 @@ class _Loading:
                 incoming.transfer(self._data_fd, on_frame, tell)
             except OSError as err:
                 self._recorder.check()  # it may be what on_event raised
-                if self._reader.failed_fd == self._data_fd:
-                    raise self._write_failed(channel, err) from err
+                if (at := incoming.refused_at) is not None:
+                    raise self._write_failed(channel, err, at) from err
                 raise self._stream_failed(err) from err
             except StreamError as err:
                 err.name_stream(self._stream.name)
                 raise
             if (cause := channel.failure()) is not None:
-                raise self._write_failed(channel, cause) from cause
+                raise self._write_failed(channel, cause, incoming.device_bytes) from cause
         if incoming.device_bytes == 0:
             self._recorder.warn("the stream holds no state at all: 0 bytes")
 
@@ -177,13 +177,13 @@ class _Loading:
         self._device.check_session(DeviceState.RESUMING, DeviceState.STOP)
         self._device.set_state(DeviceState.STOP)
 
-    def _write_failed(self, channel: DataChannel, err: OSError) -> MigrationError:
+    def _write_failed(self, channel: DataChannel, err: OSError, at: int) -> MigrationError:
         cause = channel.failure() or err
         what = "refused its state at byte"
         if cause.errno == errno.ENODEV:
             what = "was reset during the load, at byte"
         return DeviceIOError(
-            f"{self._device.name} {what} {self._reader.device_bytes}: {cause.strerror or cause}",
+            f"{self._device.name} {what} {at}: {cause.strerror or cause}",
             device=self._device.name,
             errno=cause.errno,
             wanted=DeviceState.RESUMING,

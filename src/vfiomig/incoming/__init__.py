@@ -19,12 +19,14 @@ class Incoming(Protocol):
     """A stream whose beginning was read: it says of what device it is, and then gives the bytes.
 
     sound_bytes: how far into the stream all is right. pre_copy_bytes: of device_bytes.
+    refused_at: the byte of state that a device refused, None while it has not.
     """
 
     framing: str
     config: bytes
     sound_bytes: int
     pre_copy_bytes: int
+    refused_at: int | None
 
     @property
     def manifest(self) -> manifest.Manifest | None:

@@ -28,12 +28,14 @@ class Checked:
     """A stream that is read through one StreamReader. sound_bytes: how far it was sound.
 
     config: the opaque blob, so far. pre_copy_bytes: of the device's bytes, those that say so.
+    refused_at: the byte of state that a device refused, None while it has not.
     """
 
     def __init__(self, reader: StreamReader, max_state_bytes: int) -> None:
         self._reader, self._max_state_bytes = reader, max_state_bytes
         self.sound_bytes = self.pre_copy_bytes = 0
         self.config = b""
+        self.refused_at: int | None = None
 
     @property
     def frames(self) -> int:
@@ -70,9 +72,14 @@ class Checked:
         while True:
             deadline_ns = time.monotonic_ns() + PROGRESS_NS if tell else 0
             limit = self._max_state_bytes - self.device_bytes
-            outcome = self._reader.copy(
-                data_fd, template, limit, digest, frames=frames, deadline_ns=deadline_ns
-            )
+            try:
+                outcome = self._reader.copy(
+                    data_fd, template, limit, digest, frames=frames, deadline_ns=deadline_ns
+                )
+            except OSError:
+                if self._reader.failed_fd == data_fd:
+                    self.refused_at = self.device_bytes
+                raise
             if tell is not None:
                 tell()
             if outcome is not Outcome.DEADLINE_REACHED:

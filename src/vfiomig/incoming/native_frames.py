@@ -109,7 +109,7 @@ class NativeIncoming(Checked):
         try:
             self._check(self._copy_frames(data_fd, template, digest, frames, tell))
         except OSError as err:
-            if reader.failed_fd == data_fd:
+            if self.refused_at is not None:
                 self._check_refused(template, digest, err)
             raise
         except StreamError:
