@@ -27,6 +27,7 @@ cdef extern from *:
     #include <signal.h>
     #include <stdlib.h>
     #include <sys/eventfd.h>
+    #include <sys/resource.h>
     #include <sys/socket.h>
     #include <sys/stat.h>
     #include <sys/uio.h>
@@ -59,6 +60,11 @@ cdef extern from *:
     static int leave_direct(int fd) {
         int flags = fcntl(fd, F_GETFL);
         return flags < 0 ? -1 : fcntl(fd, F_SETFL, flags & ~O_DIRECT);
+    }
+    /* How often this thread has waited in the kernel. */
+    static long times_waited(void) {
+        struct rusage used;
+        return getrusage(RUSAGE_THREAD, &used) == 0 ? used.ru_nvcsw : 0;
     }
     static uint64_t monotonic_ns(void) {
         struct timespec now;
@@ -134,6 +140,7 @@ cdef extern from *:
     int is_blocking(int) nogil
     int is_direct(int) nogil
     int leave_direct(int) nogil
+    long times_waited() nogil
     uint64_t monotonic_ns() nogil
 
 cdef extern from "Python.h":
@@ -188,5 +195,6 @@ include "fastcopy/waiting.pxi"
 include "fastcopy/ring.pxi"
 include "fastcopy/frames.pxi"
 include "fastcopy/pace.pxi"
+include "fastcopy/probe.pxi"
 include "fastcopy/writer.pxi"
 include "fastcopy/reader.pxi"

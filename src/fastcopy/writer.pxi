@@ -5,21 +5,6 @@ cdef enum:
     GROWN_SLOTS = 3
     # How far ahead of its end a file is made longer.
     AHEAD_BYTES = 67108864
-    # The reads that are timed to choose a buffer: two of them first, then small and full in turn.
-    TIMED_READS = 8
-
-
-def is_fixed_cost_high(uint64_t quarter_ns, uint64_t full_ns):
-    """Whether a read's fixed cost is above a tenth of what a full one takes.
-
-    quarter_ns: the time of a read of a quarter of the bytes. Then a larger buffer pays.
-    """
-    return _is_fixed_cost_high(quarter_ns, full_ns)
-
-
-cdef bint _is_fixed_cost_high(uint64_t quarter_ns, uint64_t full_ns) noexcept nogil:
-    # full = fixed + 4 * moving, quarter = fixed + moving; so 3 * fixed = 4 * quarter - full.
-    return 4 * quarter_ns > full_ns and (4 * quarter_ns - full_ns) * 10 > 3 * full_ns
 
 
 @cython.final
@@ -27,22 +12,23 @@ cdef class FrameWriter:
     """Device to stream: reads chunks, and writes each as a frame, or as some where runs are zero.
 
     ring_slots: how many buffers; with more than one, a thread of our own writes what copy() reads,
-    once 4 MiB have passed, unless out_fd is a pipe or a device that blocks. writers: that many such
-    threads, each with pwrite() at its own place of a file (for O_DIRECT; where it is refused, the
-    page cache serves). The file is made longer ahead of them; its offset is where they left off,
-    and there it is to be cut. grown_bytes: 0, or the size to which buffers grow when the first
-    reads show that a read has a high fixed cost. leave_holes: out_fd is a new file, where zeros
-    that travel as payload may stay unwritten, but for the last bytes of all.
+    once 4 MiB have passed; not where out_fd is a pipe or a device that blocks, and to a file only
+    if most reads so far waited in the kernel. writers: that many such threads, each with pwrite()
+    at its own place of a file (for O_DIRECT; where it is refused, the page cache serves). The file
+    is made longer ahead of them; its offset is where they left off, and there it is to be cut.
+    grown_bytes: 0, or the size to which buffers grow when the first reads show that a read has a
+    high fixed cost. leave_holes: out_fd is a new file, where zeros that travel as payload may stay
+    unwritten, but for the last bytes of all.
 
     One thread at a time. Counters may be read from any thread, and survive an exception: they say
     how far it got. bytes_per_s may be set from any thread: 0, or the most to write in a second.
     failed_fd: the descriptor whose call raised the last OSError, or -1.
     """
     cdef Ring ring
-    cdef int writers, timed_reads, owner_pid
-    cdef bint leave_holes, tried_threads
+    cdef int writers, owner_pid
+    cdef bint leave_holes, is_settled, to_page_cache
     cdef size_t grown_bytes
-    cdef uint64_t quarter_ns, full_ns
+    cdef Probe probe
     cdef Pace pace
     cdef Numbers numbers
     cdef int[2] pipe_fds
@@ -72,13 +58,13 @@ cdef class FrameWriter:
         if not self.ring.to_socket and may_block(out_fd) and is_blocking(out_fd):
             self.ring.depth = 1  # nothing could end a thread that waits there
         self.ring.positional = writers > 1
+        self.to_page_cache = not (self.ring.to_socket or may_block(out_fd) or self.ring.direct)
         if self.ring.positional:
             self.ring.offset = self.ring.allocated = lseek(out_fd, 0, SEEK_CUR)
         self.writers, self.leave_holes, self.buffer_bytes = writers, leave_holes, buffer_bytes
         self.grown_bytes, self.owner_pid = grown_bytes, getpid()
         if grown_bytes <= buffer_bytes:
-            self.timed_reads = TIMED_READS
-        self.quarter_ns = self.full_ns = <uint64_t>-1
+            self.probe.timed = TIMED_READS
 
     def __dealloc__(self):
         self._stop()
@@ -209,7 +195,6 @@ cdef class FrameWriter:
         cdef ssize_t got
         cdef size_t asked
         cdef int reason
-        cdef uint64_t started_ns = 0
         while limit:
             if _cancelled(self.ring.wake_fd):
                 self._fail(src, ECANCELED)
@@ -219,8 +204,8 @@ cdef class FrameWriter:
                 got = splice(src, NULL, self.pipe_fds[1], NULL, asked, SPLICE_F_MOVE)
             else:
                 asked = min(limit, self._read_bytes())
-                if self.timed_reads < TIMED_READS:
-                    started_ns = monotonic_ns()
+                if not self.is_settled:
+                    _before_read(&self.probe)
                 got = read(src, slot.memory + PAGE, asked)
             if got <= 0:
                 reason = errno if got < 0 else 0
@@ -240,8 +225,8 @@ cdef class FrameWriter:
             if may_splice and self.pipe_fds[0] >= 0:
                 self._emit_spliced(template, slot, got)
             else:
-                if self.timed_reads < TIMED_READS:
-                    self._note_read(asked, got, monotonic_ns() - started_ns)
+                if not self.is_settled:
+                    _after_read(&self.probe, asked, got, self.buffer_bytes)
                 _frame_chunk(&self.numbers, template, slot, got, digest, self.leave_holes)
                 self._hand_over(slot)
                 self._count()
@@ -253,37 +238,27 @@ cdef class FrameWriter:
 
     cdef size_t _read_bytes(self) noexcept nogil:
         cdef size_t count = self.buffer_bytes
-        if 2 <= self.timed_reads < TIMED_READS and self.timed_reads % 2 == 0:
+        if _wants_quarter(&self.probe):
             count //= 4
         if self.bytes_per_s:  # 50 reads a second keep the rate smooth
             count = min(count, max(<uint64_t>1 << 16, self.bytes_per_s // 50))
         return count
 
-    cdef void _note_read(self, size_t asked, size_t got, uint64_t took_ns) noexcept nogil:
-        cdef bint full = asked == self.buffer_bytes
-        self.timed_reads += 1
-        if got < asked or (not full and asked != self.buffer_bytes // 4):
-            # The device's own chunks, a limit or a rate decide.
-            self.timed_reads, self.full_ns = TIMED_READS, <uint64_t>-1
-        elif self.timed_reads > 2:
-            if full:
-                self.full_ns = min(self.full_ns, took_ns)
-            else:
-                self.quarter_ns = min(self.quarter_ns, took_ns)
-
     cdef int _settle(self) except -1 nogil:
-        """Choose the buffer by what the first reads took, and start the threads."""
+        """Choose the buffer, and start the threads, by what the first reads told."""
         cdef Ring *ring = &self.ring
-        if self.full_ns != <uint64_t>-1 and _is_fixed_cost_high(self.quarter_ns, self.full_ns):
+        if _wants_larger(&self.probe):
+            self.probe.full_ns = 0
             _take_memory(ring)
             self.buffer_bytes = self.grown_bytes
             ring.depth = min(ring.depth, GROWN_SLOTS)
             if _give_memory(ring, 1, self.buffer_bytes):
                 self._fail(-1, ENOMEM)
-        self.full_ns = <uint64_t>-1
-        if self.device_bytes < THREADED_FROM_BYTES or self.tried_threads:
+        if self.device_bytes < THREADED_FROM_BYTES:
             return 0
-        self.tried_threads = True
+        self.is_settled = True
+        if self.to_page_cache and not _waits(&self.probe):
+            return 0  # a second thread would cost more than it brings
         if ring.depth > 1 and _give_memory(ring, ring.depth, self.buffer_bytes) == 0:
             _start_threads(ring, self.writers)  # else: no memory or threads; one thread serves
         return 0
@@ -291,7 +266,7 @@ cdef class FrameWriter:
     cdef Slot *_take_slot(self) except NULL nogil:
         """Return the next slot to fill. Raises what failed to be written before."""
         cdef Slot *slot
-        if not self.tried_threads and self.timed_reads == TIMED_READS:
+        if not self.is_settled and self.probe.timed == TIMED_READS:
             self._settle()
         slot = &self.ring.slots[self.ring.handed % self.ring.depth]
         if self.ring.threads_running:

@@ -63,7 +63,8 @@ class SaveOptions:
 
     buffer_bytes: of one read of the device; None: 1 MiB, or 4 MiB when the first reads show that
     they have a high fixed cost (qemu framing: QEMU's rule). ring_slots: buffers between the thread
-    that reads and the one that writes; 1: one thread does both. elide_zeros: native framing: runs
+    that reads and the one that writes; 1: one thread does both (and for a file in the page cache,
+    unless the device's reads wait). elide_zeros: native framing: runs
     of zeros do not travel. durable: a path is written past the page cache (O_DIRECT), several
     writes at a time, while the device is stopped; else it is synced when the device runs again.
     bytes_per_s: 0, or the most to write to the stream in a second.
