@@ -27,6 +27,7 @@ cdef extern from *:
     #include <signal.h>
     #include <stdlib.h>
     #include <sys/eventfd.h>
+    #include <sys/mman.h>
     #include <sys/resource.h>
     #include <sys/socket.h>
     #include <sys/stat.h>
@@ -124,7 +125,10 @@ cdef extern from *:
     int eventfd(unsigned int, int) nogil
     int fcntl(int, int, ...) nogil
     int fallocate(int, int, long, long) nogil
-    int posix_memalign(void **, size_t, size_t) nogil
+    int PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_POPULATE
+    void *MAP_FAILED
+    void *mmap(void *, size_t, int, int, int, long) nogil
+    int munmap(void *, size_t) nogil
     ctypedef struct sem_t:
         pass
     int sem_init(sem_t *, int, unsigned int) nogil
@@ -162,12 +166,20 @@ cpdef enum Outcome:
     OTHER_FRAME, OTHER_TAIL, DAMAGED, PADDING_DAMAGED
 
 
-cdef unsigned char *_aligned(size_t size) noexcept nogil:
-    cdef void *memory = NULL
-    if posix_memalign(&memory, PAGE, size):
-        return NULL
-    memset(memory, 0, size)  # prefault: first-touch faults do not belong into the copy
-    return <unsigned char *>memory
+cdef unsigned char *_buffer(size_t size) noexcept nogil:
+    """Map memory that is there at once: first-touch faults do not belong into the copy.
+
+    Not from malloc, which keeps what it is given back: the next state may be small. NULL: none.
+    """
+    cdef void *memory = mmap(
+        NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0
+    )
+    return NULL if memory == MAP_FAILED else <unsigned char *>memory
+
+
+cdef void _free_buffer(unsigned char *memory, size_t size) noexcept nogil:
+    if memory != NULL:
+        munmap(memory, size)
 
 
 cdef void _store(unsigned char *head, int at, uint64_t value, bint big_endian) noexcept nogil:

@@ -22,14 +22,14 @@ cdef class StreamReader:
     def __cinit__(self, int in_fd, size_t buffer_bytes, *, int wake_fd=-1):
         if not PAGE <= buffer_bytes <= <size_t>1 << 40:
             raise ValueError(f"a buffer of {buffer_bytes} bytes")
-        self.buffer = _aligned(buffer_bytes)
+        self.buffer = _buffer(buffer_bytes)
         if self.buffer == NULL:
             raise MemoryError()
         self.in_fd, self.wake_fd, self.buffer_bytes = in_fd, wake_fd, buffer_bytes
         self.waits, self.failed_fd = may_block(in_fd), -1
 
     def __dealloc__(self):
-        free(self.buffer)
+        _free_buffer(self.buffer, self.buffer_bytes)
 
     def peek(self, size_t count):
         """Return the next count bytes, at most buffer_bytes, without taking them.

@@ -3,6 +3,7 @@
 
 cdef struct Slot:
     unsigned char *memory  # a page for the head, the payload, two pages for padding and tail
+    size_t memory_bytes
     iovec *pieces  # what to write of it, in order; without a base: a hole in the file
     int count, at  # pieces in all; the first that is not wholly written
     uint64_t offset  # in the file, when writes are positional
@@ -116,7 +117,8 @@ cdef int _give_memory(Ring *ring, int slots, size_t buffer_bytes) noexcept nogil
     while ring.memory_slots < slots:
         slot = &ring.slots[ring.memory_slots]
         # One page in front for the head, two behind for padding and tail: a frame is one write.
-        slot.memory = _aligned(PAGE + buffer_bytes + 2 * PAGE)
+        slot.memory_bytes = PAGE + buffer_bytes + 2 * PAGE
+        slot.memory = _buffer(slot.memory_bytes)
         # A run and the page that ends it make two pieces, when the run becomes a hole.
         slot.pieces = <iovec *>calloc(
             2 * (buffer_bytes // (RUN_BYTES + PAGE)) + 6, sizeof(iovec)
@@ -128,10 +130,12 @@ cdef int _give_memory(Ring *ring, int slots, size_t buffer_bytes) noexcept nogil
 
 
 cdef void _take_memory(Ring *ring) noexcept nogil:
+    cdef Slot *slot
     while ring.memory_slots:
         ring.memory_slots -= 1
-        free(ring.slots[ring.memory_slots].memory)
-        free(ring.slots[ring.memory_slots].pieces)
+        slot = &ring.slots[ring.memory_slots]
+        _free_buffer(slot.memory, slot.memory_bytes)
+        free(slot.pieces)
 
 
 cdef int _start_threads(Ring *ring, int count) noexcept nogil:

@@ -14,8 +14,11 @@ MIN_BUFFER_BYTES = 4096
 # What a buffer grows to: the end of that plateau.
 GROWN_BUFFER_BYTES = 4 << 20
 DEFAULT_RING_SLOTS, MAX_RING_SLOTS = 4, 64
-# Writes in flight past the page cache: at least 4, docs/benchmarks (O_DIRECT).
-DURABLE_WRITES = 4
+# Writes in flight past the page cache, and slots to fill meanwhile (benchmarks/README.md: 4 to 8
+# are one plateau).
+DURABLE_WRITES, DURABLE_SLOTS = 4, 6
+# Memory is constant: with large buffers a ring has fewer slots, but two.
+RING_BYTES = 16 << 20
 # Ours: no device has as much; what says that it does is broken.
 DEFAULT_MAX_STATE_BYTES = 1 << 40
 _PCI_ADDRESS = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
@@ -63,10 +66,11 @@ class SaveOptions:
 
     buffer_bytes: of one read of the device; None: 1 MiB, or 4 MiB when the first reads show that
     they have a high fixed cost (qemu framing: QEMU's rule). ring_slots: buffers between the thread
-    that reads and the one that writes; 1: one thread does both (and for a file in the page cache,
-    unless the device's reads wait). elide_zeros: native framing: runs
-    of zeros do not travel. durable: a path is written past the page cache (O_DIRECT), several
-    writes at a time, while the device is stopped; else it is synced when the device runs again.
+    that reads and the one that writes, fewer (but two) where they would take more than 16 MiB; 1:
+    one thread does both (and for a file in the page cache, unless the device's reads wait).
+    elide_zeros: native framing: runs of zeros do not travel. durable: a path is written past the
+    page cache (O_DIRECT), several writes at a time, while the device is stopped; else it is synced
+    when the device runs again.
     bytes_per_s: 0, or the most to write to the stream in a second.
     """
 

@@ -23,8 +23,10 @@ from vfiomig.framing import native, qemu
 from vfiomig.framing.manifest import DeviceEntry, Manifest
 from vfiomig.options import (
     DEFAULT_BUFFER_BYTES,
+    DURABLE_SLOTS,
     DURABLE_WRITES,
     GROWN_BUFFER_BYTES,
+    RING_BYTES,
     PreCopyLimits,
     QemuFraming,
     SaveOptions,
@@ -124,13 +126,14 @@ class _Saving:
 
     def _new_writer(self, buffer_bytes: int, grown_bytes: int, *, leave_holes: bool) -> FrameWriter:
         options = self._options
-        in_flight = DURABLE_WRITES if self._sink.is_direct else 1
+        wanted = max(options.ring_slots, DURABLE_SLOTS if self._sink.is_direct else 1)
+        slots = min(wanted, max(2, RING_BYTES // buffer_bytes))
         writer = FrameWriter(
             self._sink.fileno(),
             buffer_bytes,
             wake_fd=self._cancellation.fileno(),
-            ring_slots=max(options.ring_slots, 2 * in_flight if in_flight > 1 else 1),
-            writers=in_flight,
+            ring_slots=slots,
+            writers=min(DURABLE_WRITES, slots - 1) if self._sink.is_direct else 1,
             grown_bytes=grown_bytes,
             leave_holes=leave_holes,
         )
