@@ -63,8 +63,10 @@ def _save(device: Device, request: Send, sink: OwnedFd) -> Sent:
         buffer_bytes=case.buffer_bytes,
         ring_slots=case.ring_slots,
         durable=durable,
-        force=durable,
     )
+    if durable:  # to free what an earlier run wrote is not part of this one
+        os.ftruncate(sink.fileno(), 0)
+        os.unlink(request.path)
     meter = Meter()
     report = save(device, request.path if durable else sink.fileno(), options)
     usage = meter.read()
