@@ -92,6 +92,12 @@ cdef extern from *:
     static uint64_t add_atomically(uint64_t *counter, uint64_t count) {
         return __atomic_fetch_add(counter, count, __ATOMIC_RELAXED);
     }
+    static int read_flag(int *flag) {
+        return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
+    }
+    static void set_flag(int *flag, int value) {
+        __atomic_store_n(flag, value, __ATOMIC_RELEASE);
+    }
     """
     ctypedef struct XXH3_state_t:
         pass
@@ -139,6 +145,8 @@ cdef extern from *:
     int pthread_join(pthread_t, void **) nogil
     int start_thread(pthread_t *, void *(*)(void *) noexcept nogil, void *) nogil
     uint64_t add_atomically(uint64_t *, uint64_t) nogil
+    int read_flag(int *) nogil
+    void set_flag(int *, int) nogil
     int is_socket(int) nogil
     int may_block(int) nogil
     int is_blocking(int) nogil

@@ -16,8 +16,10 @@ cdef struct Ring:
     uint64_t handed, taken  # slots given to the writing threads; slots they began with
     sem_t filled
     int out_fd, wake_fd, stop_fd
-    int reason  # errno of the write that failed; nothing is written after it
-    bint stopping, to_socket, positional, direct
+    bint to_socket, positional
+    # Flags of all threads, for read_flag() and set_flag(). reason: errno of the write that failed;
+    # nothing is written after it.
+    int reason, stopping, direct
     uint64_t offset, allocated  # when writes are positional: where the next slot goes; end of file
     uint64_t stream_bytes, direct_bytes
 
@@ -71,7 +73,7 @@ cdef int _write_slot(Ring *ring, Slot *slot) noexcept nogil:
     cdef int reason
     cdef bint was_direct
     while slot.at < slot.count:
-        was_direct = ring.direct
+        was_direct = read_flag(&ring.direct)
         put = _put_pieces(ring, slot)
         if put > 0:
             add_atomically(&ring.stream_bytes, put)
@@ -84,7 +86,7 @@ cdef int _write_slot(Ring *ring, Slot *slot) noexcept nogil:
             # open(2): O_DIRECT's alignment is the file system's choice. The page cache takes all.
             # In this order, so that who is refused meanwhile knows why.
             reason = 0 if leave_direct(ring.out_fd) == 0 else errno
-            ring.direct = False
+            set_flag(&ring.direct, False)
         elif reason == EAGAIN:
             reason = _await(ring.out_fd, POLLOUT, ring.wake_fd, ring.stop_fd)
         if reason:
@@ -100,14 +102,14 @@ cdef void *_write_slots(void *given) noexcept nogil:
     while True:
         while sem_wait(&ring.filled) < 0:
             pass  # EINTR, the only way to fail: a debugger, since signals are blocked
-        if ring.stopping:
+        if read_flag(&ring.stopping):
             return NULL
         slot = &ring.slots[add_atomically(&ring.taken, 1) % ring.depth]
-        reason = EINTR if ring.reason == 0 else 0
+        reason = EINTR if read_flag(&ring.reason) == 0 else 0
         while reason == EINTR:
             reason = _write_slot(ring, slot)
         if reason:
-            ring.reason = reason
+            set_flag(&ring.reason, reason)
         sem_post(&slot.is_free)
 
 
@@ -147,7 +149,7 @@ cdef int _start_threads(Ring *ring, int count) noexcept nogil:
     sem_init(&ring.filled, 0, 0)
     for index in range(ring.depth):
         sem_init(&ring.slots[index].is_free, 0, 1)
-    ring.stopping = False
+    set_flag(&ring.stopping, False)
     ring.handed = ring.taken = 0
     while reason == 0 and ring.threads_running < count:
         reason = start_thread(&ring.threads[ring.threads_running], _write_slots, ring)
@@ -163,7 +165,7 @@ cdef void _stop_threads(Ring *ring) noexcept nogil:
     cdef int index
     if ring.stop_fd < 0:
         return
-    ring.stopping = True
+    set_flag(&ring.stopping, True)
     write(ring.stop_fd, &one, sizeof(one))
     for index in range(ring.threads_running):
         sem_post(&ring.filled)

@@ -275,10 +275,12 @@ cdef class FrameWriter:
         return slot
 
     cdef int _wait_for(self, Slot *slot) except -1 nogil:
+        cdef int reason
         while sem_wait(&slot.is_free) < 0:
             _interrupted()
-        if self.ring.reason:
-            self._fail(self.ring.out_fd, self.ring.reason)
+        reason = read_flag(&self.ring.reason)
+        if reason:
+            self._fail(self.ring.out_fd, reason)
         return 0
 
     cdef void _return_slot(self, Slot *slot) noexcept nogil:
