@@ -189,3 +189,15 @@ def test_the_environment_has_their_twins(here: Path, monkeypatch: pytest.MonkeyP
         assert run("save", "sim:", "another").code == 2
         assert not (here / "another").exists()
         monkeypatch.delenv(f"VFIOMIG_{name}")
+
+
+@pytest.mark.parametrize(
+    ("framing", "said"),
+    [("native", "not carried along"), ("qemu", "holes in the file")],
+)
+def test_zeros_that_were_left_out_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, framing: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run("save", "sim:?size=1M&zeros=50", "out", "--framing", framing)
+    assert f"zeros    512 KiB of the state, {said}" in done.out

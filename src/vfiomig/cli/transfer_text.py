@@ -25,7 +25,8 @@ def transfer_text(headline: str, report: TransferReport) -> str:
     if report.stopped_ns is not None:
         rows.append(("stopped", f"{format_duration(report.stopped_ns)} from RUNNING to RUNNING"))
     if report.zero_bytes:
-        rows.append(("zeros", f"{format_size(report.zero_bytes)} of the state, not carried along"))
+        how = "holes in the file" if report.framing == "qemu" else "not carried along"
+        rows.append(("zeros", f"{format_size(report.zero_bytes)} of the state, {how}"))
     if report.direct_bytes:
         rows.append(("direct", f"{format_size(report.direct_bytes)} past the page cache"))
     if report.spliced_bytes:
