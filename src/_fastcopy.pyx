@@ -117,7 +117,7 @@ cdef extern from *:
     short POLLIN, POLLOUT
     int poll(pollfd *, unsigned long, int) nogil
     int poll_ns(pollfd *, unsigned long, uint64_t) nogil
-    int ECANCELED, ENOMSG, MSG_NOSIGNAL, MSG_DONTWAIT, MSG_MORE
+    int ECANCELED, ENOMSG, MSG_NOSIGNAL, MSG_DONTWAIT
     int O_CLOEXEC, F_SETPIPE_SZ, F_GETPIPE_SZ, EFD_CLOEXEC, SEEK_CUR, SEEK_SET
     unsigned int SPLICE_F_MOVE
     struct iovec:

@@ -11,7 +11,8 @@ import pytest
 from vfiomig import device as device_module
 from vfiomig import errors, states
 from vfiomig.channel import DataChannel, FdChannel
-from vfiomig.device import Device, Identity
+from vfiomig.device import Device
+from vfiomig.identity import Identity
 from vfiomig.report import Event, StateChange
 from vfiomig.uapi import Capability
 from vfiomig.uapi import DeviceState as S

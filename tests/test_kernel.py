@@ -16,7 +16,8 @@ import pytest
 from faketree import FakeTree
 from vfiomig import errors, ioctl, sysfs
 from vfiomig.backends import kernel
-from vfiomig.device import Device, Identity
+from vfiomig.device import Device
+from vfiomig.identity import Identity
 from vfiomig.sysfs import HostDevice
 from vfiomig.uapi import DeviceState
 

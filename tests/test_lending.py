@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from vfiomig import errors, lending
-from vfiomig.device import Identity
+from vfiomig.identity import Identity
 from vfiomig.lending import Lendable, Lender
 
 IDENTITY = Identity("mlx5_vfio_pci", vendor_id="15b3", device_id="101e")

@@ -14,7 +14,8 @@ from vfiomig._fastcopy import StreamReader
 from vfiomig.errors import StreamError
 from vfiomig.fd import OwnedFd
 from vfiomig.framing import manifest
-from vfiomig.framing.manifest import DeviceEntry, Identity, Manifest
+from vfiomig.framing.manifest import DeviceEntry, Manifest
+from vfiomig.identity import Identity
 from vfiomig.incoming import open_incoming
 
 Filled = Callable[[bytes], OwnedFd]

@@ -16,7 +16,8 @@ import stream_oracle as oracle
 from vfiomig._fastcopy import Digest, FrameWriter, StreamReader
 from vfiomig.errors import StreamError
 from vfiomig.fd import OwnedFd
-from vfiomig.framing.manifest import DeviceEntry, Identity, Manifest
+from vfiomig.framing.manifest import DeviceEntry, Manifest
+from vfiomig.identity import Identity
 from vfiomig.incoming import open_incoming
 from vfiomig.incoming.checked import FrameInfo
 from vfiomig.incoming.native_frames import NativeIncoming

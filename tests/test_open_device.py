@@ -151,7 +151,7 @@ IN_A_DEV_OF_ITS_OWN = """
 import errno, os, threading
 from pathlib import Path
 from vfiomig import backends, errors, ioctl, lending
-from vfiomig.device import Identity
+from vfiomig.identity import Identity
 ioctl.get_migration_flags = lambda device_fd: 7
 ioctl.get_device_info = lambda device_fd: (0, 0, 0)
 fd = os.open("/dev/vfio/devices/vfio0", os.O_RDWR)

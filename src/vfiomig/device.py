@@ -17,7 +17,7 @@ from vfiomig.errors import (
     NotMigratableError,
     OutOfSyncError,
 )
-from vfiomig.identity import Identity as Identity
+from vfiomig.identity import Identity
 from vfiomig.uapi import Capability, DeviceState
 
 if TYPE_CHECKING:

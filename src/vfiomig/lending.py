@@ -21,7 +21,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Self
 
-from vfiomig.device import Identity
 from vfiomig.errors import (
     AccessError,
     DeviceBusyError,
@@ -33,6 +32,7 @@ from vfiomig.errors import (
     opening_failed,
 )
 from vfiomig.fd import OwnedFd
+from vfiomig.identity import Identity
 
 MESSAGE_BYTES = 4096  # of a whole message, its newline included
 TIMEOUT_S = 5.0  # how long either side waits for the other

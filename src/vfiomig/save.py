@@ -110,17 +110,16 @@ class _Saving:
             raise
 
     def _open(self, length: int | None) -> tuple[FrameWriter, Outgoing]:
-        options, is_file = self._options, self._sink.is_file
+        options, is_auto = self._options, self._options.buffer_bytes is None
+        buffer_bytes = options.buffer_bytes or DEFAULT_BUFFER_BYTES
         if isinstance(options.framing, QemuFraming):
             section = options.framing.section(self._device.name)
-            size = min(options.buffer_bytes or DEFAULT_BUFFER_BYTES, qemu.record_bytes(length))
+            size = min(buffer_bytes, qemu.record_bytes(length))
             writer = self._new_writer(size, 0, leave_holes=self._sink.is_new_file)
             return writer, QemuOutgoing(writer, section)
-        if options.buffer_bytes is None:
-            writer = self._new_writer(DEFAULT_BUFFER_BYTES, GROWN_BUFFER_BYTES, leave_holes=False)
-        else:
-            writer = self._new_writer(options.buffer_bytes, 0, leave_holes=False)
-        align = native.FILE_ALIGN if is_file else native.PIPE_ALIGN
+        grown_bytes = GROWN_BUFFER_BYTES if is_auto else 0
+        writer = self._new_writer(buffer_bytes, grown_bytes, leave_holes=False)
+        align = native.FILE_ALIGN if self._sink.is_file else native.PIPE_ALIGN
         manifest = self._manifest(length)
         return writer, NativeOutgoing(writer, manifest, align, elide_zeros=options.elide_zeros)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vfiomig import ioctl, sysfs, uapi
 from vfiomig.channel import DataChannel, FdChannel
-from vfiomig.device import Device, Identity
+from vfiomig.device import Device
 from vfiomig.errors import (
     DeviceBusyError,
     DeviceIOError,
@@ -25,6 +25,7 @@ from vfiomig.errors import (
     opening_failed,
 )
 from vfiomig.fd import OwnedFd
+from vfiomig.identity import Identity
 from vfiomig.sysfs import HostDevice
 from vfiomig.uapi import DeviceState
 

@@ -9,7 +9,7 @@ import os
 from vfiomig.channel import FdChannel
 from vfiomig.device import Device
 from vfiomig.fd import OwnedFd
-from vfiomig.framing.manifest import Identity
+from vfiomig.identity import Identity
 from vfiomig.uapi import Capability, DeviceState
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vfiomig.errors import StreamError
-from vfiomig.identity import Identity as Identity
+from vfiomig.identity import Identity
 
 # Ours: a manifest of one device is 400 bytes; the limit stands before anything is parsed.
 MAX_MANIFEST_BYTES = 64 << 10

@@ -14,8 +14,9 @@ from typing import Self
 
 from vfiomig import states
 from vfiomig.channel import DataChannel, PrecopyInfo
-from vfiomig.device import Device, Identity
+from vfiomig.device import Device
 from vfiomig.fd import OwnedFd
+from vfiomig.identity import Identity
 from vfiomig.simulator.commit import commit
 from vfiomig.simulator.drain import PipedLoad
 from vfiomig.simulator.faults import Action
