@@ -5,7 +5,7 @@ Knows descriptors, buffers, headers as opaque bytes, and XXH3. Knows nothing of 
 owns a descriptor but the private pipe of a splice and the eventfd that stops the writing threads.
 """
 cimport cython
-from libc.errno cimport EAGAIN, EINTR, EINVAL, EIO, ENOMEM, errno
+from libc.errno cimport EAGAIN, EINTR, EINVAL, EIO, ENOMEM, ETIMEDOUT, errno
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy, memmove, memset
@@ -143,6 +143,12 @@ cdef extern from *:
     int sem_post(sem_t *) nogil
     ctypedef unsigned long pthread_t
     int pthread_join(pthread_t, void **) nogil
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t *, void *) nogil
+    int pthread_mutex_destroy(pthread_mutex_t *) nogil
+    int pthread_mutex_lock(pthread_mutex_t *) nogil
+    int pthread_mutex_unlock(pthread_mutex_t *) nogil
     int start_thread(pthread_t *, void *(*)(void *) noexcept nogil, void *) nogil
     uint64_t add_atomically(uint64_t *, uint64_t) nogil
     int read_flag(int *) nogil
@@ -212,6 +218,7 @@ def _strerror(int reason):
 include "fastcopy/digest.pxi"
 include "fastcopy/template.pxi"
 include "fastcopy/waiting.pxi"
+include "fastcopy/turns.pxi"
 include "fastcopy/ring.pxi"
 include "fastcopy/frames.pxi"
 include "fastcopy/pace.pxi"

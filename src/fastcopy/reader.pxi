@@ -7,17 +7,20 @@ cdef class StreamReader:
     far; frame_offset, frame_bytes, left_bytes: where the last frame of copy() began, how long its
     payload is, and how much of that is still to come. device_bytes: bytes written to a
     device; zero_bytes: those of them that the stream did not carry. sequence, chain: of the next
-    frame. failed_fd: the descriptor whose call raised the last OSError, or -1.
+    frame. failed_fd: the descriptor whose call raised the last OSError, or -1. silence_ns: how long
+    to wait for the next byte of a stream that may block, 0: for ever; then ETIMEDOUT. wake_fd may be
+    set between two calls.
     """
     cdef unsigned char *buffer
     cdef size_t start, end
-    cdef int in_fd, wake_fd
+    cdef int in_fd
     cdef bint waits, ended, is_inside, is_zeros
     cdef uint64_t checksum
     cdef readonly size_t buffer_bytes
     cdef readonly uint64_t offset, frame_offset, frame_bytes, left_bytes, device_bytes, zero_bytes
     cdef readonly int failed_fd
-    cdef public uint64_t sequence, chain
+    cdef public uint64_t sequence, chain, silence_ns
+    cdef public int wake_fd
 
     def __cinit__(self, int in_fd, size_t buffer_bytes, *, int wake_fd=-1):
         if not PAGE <= buffer_bytes <= <size_t>1 << 40:
@@ -191,7 +194,9 @@ cdef class StreamReader:
             memmove(self.buffer, self.buffer + self.start, self.end - self.start)
             self.end -= self.start
             self.start = 0
-        reason = _wait(self.in_fd, POLLIN, self.wake_fd) if self.waits else 0
+        reason = 0
+        if self.waits:
+            reason = _wait(self.in_fd, POLLIN, self.wake_fd, self.silence_ns)
         if reason == 0 and _cancelled(self.wake_fd):
             reason = ECANCELED
         if reason:

@@ -22,6 +22,7 @@ cdef struct Ring:
     int reason, stopping, direct
     uint64_t offset, allocated  # when writes are positional: where the next slot goes; end of file
     uint64_t stream_bytes, direct_bytes
+    Turn *turn  # NULL: nobody else writes to out_fd
 
 
 cdef void _add_piece(Slot *slot, void *start, size_t count) noexcept nogil:
@@ -94,6 +95,27 @@ cdef int _write_slot(Ring *ring, Slot *slot) noexcept nogil:
     return 0
 
 
+cdef int _write_in_turn(Ring *ring, Slot *slot) noexcept nogil:
+    """Write a slot as _write_slot(), and nobody else's frames into the middle of it.
+
+    Then it does not give way to EINTR: who shares a descriptor blocks all signals.
+    """
+    cdef int reason
+    cdef uint64_t before
+    if ring.turn == NULL:
+        return _write_slot(ring, slot)
+    pthread_mutex_lock(&ring.turn.mutex)
+    reason = read_flag(&ring.turn.reason)
+    if reason == 0:
+        before, reason = ring.stream_bytes, EINTR
+        while reason == EINTR:
+            reason = _write_slot(ring, slot)
+        if reason and ring.stream_bytes != before:
+            set_flag(&ring.turn.reason, reason)
+    pthread_mutex_unlock(&ring.turn.mutex)
+    return reason
+
+
 cdef void *_write_slots(void *given) noexcept nogil:
     """A writing thread: takes filled slots in order until it is told to stop."""
     cdef Ring *ring = <Ring *>given
@@ -107,7 +129,7 @@ cdef void *_write_slots(void *given) noexcept nogil:
         slot = &ring.slots[add_atomically(&ring.taken, 1) % ring.depth]
         reason = EINTR if read_flag(&ring.reason) == 0 else 0
         while reason == EINTR:
-            reason = _write_slot(ring, slot)
+            reason = _write_in_turn(ring, slot)
         if reason:
             set_flag(&ring.reason, reason)
         sem_post(&slot.is_free)

@@ -12,23 +12,30 @@ cdef int _interrupted() except -1 nogil:
     return 0
 
 
-cdef int _await(int fd, short events, int wake_fd, int stop_fd) noexcept nogil:
-    """Wait until fd is ready: 0, ECANCELED once wake_fd or stop_fd is readable, or an errno."""
+cdef int _await(
+    int fd, short events, int wake_fd, int stop_fd, uint64_t timeout_ns=0
+) noexcept nogil:
+    """Wait until fd is ready: 0, ECANCELED once wake_fd or stop_fd is readable, or an errno.
+
+    ETIMEDOUT after timeout_ns, where that is not 0.
+    """
     cdef pollfd[3] waiters
+    cdef int ready
     waiters[0].fd, waiters[0].events, waiters[0].revents = fd, events, 0
     waiters[1].fd, waiters[1].events, waiters[1].revents = wake_fd, POLLIN, 0
     waiters[2].fd, waiters[2].events, waiters[2].revents = stop_fd, POLLIN, 0
-    if poll(waiters, 3, -1) < 0:
-        return errno
+    ready = poll_ns(waiters, 3, timeout_ns) if timeout_ns else poll(waiters, 3, -1)
+    if ready <= 0:
+        return errno if ready < 0 else ETIMEDOUT
     return ECANCELED if waiters[1].revents or waiters[2].revents else 0
 
 
-cdef int _wait(int fd, short events, int wake_fd) except -1 nogil:
+cdef int _wait(int fd, short events, int wake_fd, uint64_t timeout_ns=0) except -1 nogil:
     """Wait until fd is ready, and run Python's signal handlers: 0, or ECANCELED, or an errno."""
-    cdef int reason = _await(fd, events, wake_fd, -1)
+    cdef int reason = _await(fd, events, wake_fd, -1, timeout_ns)
     while reason == EINTR:
         _interrupted()
-        reason = _await(fd, events, wake_fd, -1)
+        reason = _await(fd, events, wake_fd, -1, timeout_ns)
     return reason
 
 

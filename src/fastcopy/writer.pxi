@@ -18,7 +18,8 @@ cdef class FrameWriter:
     is made longer ahead of them; its offset is where they left off, and there it is to be cut.
     grown_bytes: 0, or the size to which buffers grow when the first reads show that a read has a
     high fixed cost. leave_holes: out_fd is a new file, where zeros that travel as payload may stay
-    unwritten, but for the last bytes of all.
+    unwritten, but for the last bytes of all. turns: out_fd is shared with other writers; positional
+    writes and splicing cannot be.
 
     One thread at a time. Counters may be read from any thread, and survive an exception: they say
     how far it got. bytes_per_s may be set from any thread: 0, or the most to write in a second.
@@ -32,6 +33,7 @@ cdef class FrameWriter:
     cdef Pace pace
     cdef Numbers numbers
     cdef int[2] pipe_fds
+    cdef Turns turns
     cdef size_t pipe_bytes
     cdef readonly size_t buffer_bytes
     cdef readonly uint64_t device_bytes, frames, zero_bytes, spliced_bytes
@@ -40,7 +42,7 @@ cdef class FrameWriter:
 
     def __cinit__(
         self, int out_fd, size_t buffer_bytes, *, int wake_fd=-1, int ring_slots=1, int writers=1,
-        size_t grown_bytes=0, bint leave_holes=False,
+        size_t grown_bytes=0, bint leave_holes=False, Turns turns=None,
     ):
         self.pipe_fds[0] = self.pipe_fds[1] = self.failed_fd = self.ring.stop_fd = -1
         if not PAGE <= buffer_bytes <= <size_t>1 << 40:
@@ -58,6 +60,10 @@ cdef class FrameWriter:
         if not self.ring.to_socket and may_block(out_fd) and is_blocking(out_fd):
             self.ring.depth = 1  # nothing could end a thread that waits there
         self.ring.positional = writers > 1
+        if turns is not None:
+            if writers > 1:
+                raise ValueError("positional writes need no turns")
+            self.turns, self.ring.turn = turns, &turns.turn
         self.to_page_cache = not (self.ring.to_socket or may_block(out_fd) or self.ring.direct)
         if self.ring.positional:
             self.ring.offset = self.ring.allocated = lseek(out_fd, 0, SEEK_CUR)
@@ -163,6 +169,7 @@ cdef class FrameWriter:
         readable. Then nothing is written any more.
         """
         cdef bint may_splice = splicing and digest is None and template.checksum_at < 0
+        may_splice = may_splice and self.turns is None
         if self.ring.to_socket and is_blocking(self.ring.out_fd):
             may_splice = False  # splice has no MSG_DONTWAIT: a stalled peer would make it deaf
         if may_splice and self.pipe_bytes == 0:
@@ -325,10 +332,10 @@ cdef class FrameWriter:
     cdef int _write_now(self, Slot *slot) except -1 nogil:
         cdef int reason
         self._place(slot)
-        reason = _write_slot(&self.ring, slot)
+        reason = _write_in_turn(&self.ring, slot)
         while reason == EINTR:
             _interrupted()
-            reason = _write_slot(&self.ring, slot)
+            reason = _write_in_turn(&self.ring, slot)
             if reason == EINTR and _cancelled(self.ring.wake_fd):
                 reason = ECANCELED
         if reason:

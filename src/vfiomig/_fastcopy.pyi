@@ -30,6 +30,11 @@ class Digest:
     def value(self) -> int: ...
 
 @final
+class Turns:
+    @property
+    def is_torn(self) -> bool: ...
+
+@final
 class Template:
     def __init__(
         self,
@@ -61,6 +66,7 @@ class FrameWriter:
         writers: int = 1,
         grown_bytes: int = 0,
         leave_holes: bool = False,
+        turns: Turns | None = None,
     ) -> Self: ...
     sequence: int
     chain: int
@@ -101,6 +107,8 @@ class StreamReader:
     def __new__(cls, in_fd: int, buffer_bytes: int, *, wake_fd: int = -1) -> Self: ...
     sequence: int
     chain: int
+    silence_ns: int
+    wake_fd: int
     @property
     def buffer_bytes(self) -> int: ...
     @property
