@@ -5,11 +5,10 @@ import time
 from contextlib import AbstractContextManager, closing
 
 from vfiomig._fastcopy import StreamReader
-from vfiomig.channel import DataChannel
+from vfiomig.copyloop import refused
 from vfiomig.device import Device
 from vfiomig.errors import (
     CancelledError,
-    DeviceIOError,
     DeviceLostError,
     MigrationError,
     StreamError,
@@ -161,13 +160,13 @@ class _Loading:
             except OSError as err:
                 self._recorder.check()  # it may be what on_event raised
                 if (at := incoming.refused_at) is not None:
-                    raise self._write_failed(channel, err, at) from err
+                    raise refused(self._device, channel, err, at) from err
                 raise self._stream_failed(err) from err
             except StreamError as err:
                 err.name_stream(self._stream.name)
                 raise
             if (cause := channel.failure()) is not None:
-                raise self._write_failed(channel, cause, incoming.device_bytes) from cause
+                raise refused(self._device, channel, cause, incoming.device_bytes) from cause
         if incoming.device_bytes == 0:
             self._recorder.warn("the stream holds no state at all: 0 bytes")
 
@@ -176,19 +175,6 @@ class _Loading:
         # this look and the SET a short window stays: the kernel has no means to close it.
         self._device.check_session(DeviceState.RESUMING, DeviceState.STOP)
         self._device.set_state(DeviceState.STOP)
-
-    def _write_failed(self, channel: DataChannel, err: OSError, at: int) -> MigrationError:
-        cause = channel.failure() or err
-        what = "refused its state at byte"
-        if cause.errno == errno.ENODEV:
-            what = "was reset during the load, at byte"
-        return DeviceIOError(
-            f"{self._device.name} {what} {at}: {cause.strerror or cause}",
-            device=self._device.name,
-            errno=cause.errno,
-            wanted=DeviceState.RESUMING,
-            actual=self._device.state_or_none(),
-        )
 
     def _stream_failed(self, err: OSError) -> MigrationError:
         if self._cancellation.cancelled and err.errno == errno.ECANCELED:

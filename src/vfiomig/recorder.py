@@ -1,5 +1,6 @@
 """What one piece of work notes while it runs: events for the caller, phases for its report."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ class Recorder:
         self.phases: list[Phase] = []
         self.warnings: list[str] = []
         self._told_ns = 0
+        self._observing = threading.Lock()  # several devices may have something to tell at once
         self._raised: BaseException | None = None
 
     @property
@@ -45,13 +47,14 @@ class Recorder:
         It must tear neither a state change from what belongs to it, nor a roll-back. Whoever has
         raised is told no more.
         """
-        if isinstance(event, StateChange):
-            self.state_changes.append(event)
-        if self._on_event is not None and self._raised is None:
-            try:
-                self._on_event(event)
-            except BaseException as err:  # noqa: BLE001  raised by check(), or noted by note_on()
-                self._raised = err
+        with self._observing:
+            if isinstance(event, StateChange):
+                self.state_changes.append(event)
+            if self._on_event is not None and self._raised is None:
+                try:
+                    self._on_event(event)
+                except BaseException as err:  # noqa: BLE001  raised by check(), or noted
+                    self._raised = err
 
     def check(self) -> None:
         """Raise what on_event raised: it ends the work."""

@@ -1,7 +1,5 @@
 """Save the state of a device: PRE_COPY rounds where they are wanted, STOP_COPY, the end."""
 
-import errno
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
@@ -10,15 +8,9 @@ from datetime import UTC, datetime
 from vfiomig._fastcopy import Digest, FrameWriter, Outcome, Template
 from vfiomig._version import __version__
 from vfiomig.channel import DataChannel
+from vfiomig.copyloop import Reading
 from vfiomig.device import Device
-from vfiomig.errors import (
-    CancelledError,
-    DeviceIOError,
-    DeviceLostError,
-    MigrationError,
-    ResourceLimitError,
-    UsageError,
-)
+from vfiomig.errors import DeviceLostError, MigrationError, UsageError
 from vfiomig.framing import native, qemu
 from vfiomig.framing.manifest import DeviceEntry, Manifest
 from vfiomig.options import (
@@ -96,6 +88,15 @@ class _Saving:
             if length is None:
                 self._recorder.warn("the device does not tell its size: no estimate")
             self._writer, self._framing = self._open(length)
+            self._reading = Reading(
+                self._device,
+                self._writer,
+                self._digest,
+                self._cancellation,
+                self._sink.fileno(),
+                self._sink.failed,
+            )
+            self._reading.expected_bytes = self._recorder.expected_bytes
             with closing(self._writer):
                 return self._run()
 
@@ -167,13 +168,7 @@ class _Saving:
         ends_ns = time.monotonic_ns() + limits.duration_ns
         left_bytes = min(limits.device_bytes, self._options.max_state_bytes + 1)
         for _ in range(limits.rounds):
-            try:
-                info = channel.precopy_info()
-            except OSError as err:
-                what = "does not tell its pre-copy sizes"
-                if err.errno == errno.ENODEV:  # linux/vfio.h: the session is dead
-                    what += f", it {self._reset_at()}"
-                raise self._device_failed(what, err) from err
+            info = self._reading.precopy_info(channel)
             if info.initial_bytes == info.dirty_bytes == 0:
                 return
             before = self._writer.device_bytes
@@ -189,16 +184,7 @@ class _Saving:
         most = self._options.max_state_bytes
         left_bytes = most + 1 - self._writer.device_bytes
         outcome = self._copy(channel, self._framing.stop_copy, left_bytes, 0, "stop-copy")
-        if outcome is Outcome.DRAINED:
-            cause = OSError(errno.ENOMSG, os.strerror(errno.ENOMSG))
-            raise self._device_failed("says in STOP_COPY that it is drained for now", cause)
-        if outcome is not Outcome.END_OF_STREAM:
-            raise ResourceLimitError(
-                f"{self._device.name}: its state is larger than the {most} bytes allowed",
-                device=self._device.name,
-                hint="raise the limit with --max-state, or look for an endless driver",
-            )
-        self._device.check_session(DeviceState.STOP_COPY, DeviceState.STOP_COPY)
+        self._reading.check_end(outcome, most)
         if self._writer.device_bytes == 0:
             self._recorder.warn("the device gave no state at all: 0 bytes")
 
@@ -214,7 +200,7 @@ class _Saving:
                 soon_ns = time.monotonic_ns() + step_ns
                 deadline_ns = min(soon_ns, ends_ns) if ends_ns else soon_ns
             at = self._writer.device_bytes
-            outcome = self._copy_until(channel, template, limit - (at - before), deadline_ns)
+            outcome = self._reading.copy(channel, template, limit - (at - before), deadline_ns)
             self._tell(phase, at)
             if outcome is not Outcome.DEADLINE_REACHED:
                 return outcome
@@ -230,59 +216,11 @@ class _Saving:
     def _phase(self, name: str) -> AbstractContextManager[None]:
         return self._recorder.phase(name, lambda: self._writer.device_bytes)
 
-    def _copy_until(
-        self, channel: DataChannel, template: Template, limit: int, deadline_ns: int
-    ) -> Outcome:
-        try:
-            outcome = self._writer.copy(
-                channel.fileno(),
-                template,
-                limit,
-                self._digest,
-                deadline_ns=deadline_ns,
-                splicing=self._digest is None,
-            )
-        except OSError as err:
-            raise self._copy_failed(err) from err
-        if outcome is Outcome.END_OF_STREAM and (cause := channel.failure()) is not None:
-            if cause.errno == errno.ENOMSG:
-                return Outcome.DRAINED
-            raise self._read_failed(cause) from cause
-        return outcome
-
-    def _copy_failed(self, err: OSError) -> MigrationError:
-        if self._cancellation.cancelled and err.errno == errno.ECANCELED:
-            return CancelledError("cancelled while copying", device=self._device.name)
-        if self._writer.failed_fd == self._sink.fileno():
-            return self._sink.failed(err)
-        return self._read_failed(err)
-
-    def _read_failed(self, cause: OSError) -> MigrationError:
-        if cause.errno == errno.ENODEV:
-            return self._device_failed(self._reset_at(), cause)
-        return self._device_failed(f"failed at {self._position()} of its state", cause)
-
-    def _reset_at(self) -> str:
-        return f"was reset during the copy, at {self._position()}; its state is gone"
-
-    def _position(self) -> str:
-        expected = self._recorder.expected_bytes
-        of = f" of about {expected}" if expected else ""
-        return f"byte {self._writer.device_bytes}{of}"
-
-    def _device_failed(self, what: str, cause: OSError) -> MigrationError:
-        return DeviceIOError(
-            f"{self._device.name} {what}: {cause.strerror or cause}",
-            device=self._device.name,
-            errno=cause.errno,
-            actual=self._device.state_or_none(),
-        )
-
     def _in_sink(self, write: Callable[[], None]) -> None:
         try:
             write()
         except OSError as err:
-            raise self._copy_failed(err) from err
+            raise self._reading.failed(err) from err
 
     def _finish(self) -> TransferReport:
         # The state is read: a device that goes on running need not wait for a disk.

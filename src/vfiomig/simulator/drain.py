@@ -15,7 +15,8 @@ from vfiomig.fd import OwnedFd
 from vfiomig.simulator.faults import Fault
 from vfiomig.simulator.feeder import PIPE_BYTES, open_pipe, queued_bytes
 from vfiomig.simulator.profiles import Profile
-from vfiomig.simulator.session import Pacer, Session, meet_faults, os_error, start_thread
+from vfiomig.simulator.session import Pacer, Session, meet_faults, os_error
+from vfiomig.threads import start_thread
 
 
 class PipedLoad(Session):

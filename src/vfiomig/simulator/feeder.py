@@ -18,9 +18,10 @@ from contextlib import ExitStack, suppress
 from vfiomig.channel import PrecopyInfo
 from vfiomig.fd import OwnedFd
 from vfiomig.simulator.faults import Fault
-from vfiomig.simulator.session import Pacer, Session, meet_faults, os_error, start_thread
+from vfiomig.simulator.session import Pacer, Session, meet_faults, os_error
 from vfiomig.simulator.storage import reopened
 from vfiomig.simulator.updates import Segment
+from vfiomig.threads import start_thread
 
 PIPE_BYTES = 1 << 20
 _PAGE_BYTES = 4096

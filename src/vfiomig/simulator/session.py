@@ -6,7 +6,6 @@ Pipes (feeder.py, drain.py) are for what a file cannot say.
 
 import errno
 import os
-import signal
 import threading
 import time
 from collections import deque
@@ -156,15 +155,3 @@ def meet_faults(faults: deque[Fault], at_byte: int, pacer: Pacer, reset: Callabl
             reset()
         return errno.ENODEV if fault.action is Action.RESET else fault.errno
     return 0
-
-
-def start_thread(run: Callable[[], None], name: str) -> threading.Thread:
-    """Start a thread that no signal is delivered to."""
-    thread = threading.Thread(target=run, name=name, daemon=True)
-    # A new thread inherits the mask: there is no moment in which it could get one.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
-        thread.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return thread
