@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
@@ -18,6 +19,7 @@ from contract.driving import (
     read_until_nothing,
     write_all,
 )
+from vfiomig.channel import DataChannel
 from vfiomig.fd import OwnedFd
 from vfiomig.simulator import precopy
 from vfiomig.simulator.content import Dirtier
@@ -28,12 +30,20 @@ from vfiomig.uapi import Capability
 from vfiomig.uapi import DeviceState as S
 
 Open = Callable[[str], SimulatedOps]
+Begin = Callable[[SimulatedOps, S], DataChannel]
 
 
 @pytest.fixture
 def opened() -> Iterator[Open]:
     with ExitStack() as stack:
         yield lambda url: stack.enter_context(closing(SimulatedOps.open(url)))
+
+
+@pytest.fixture
+def begin() -> Iterator[Begin]:
+    """Enter a state that begins a session, whose channel is closed after the test."""
+    with ExitStack() as stack:
+        yield lambda ops, state: stack.enter_context(closing(begun(ops, state)))
 
 
 @pytest.mark.parametrize("profile", ["generic", "mlx5", "virtio"])
@@ -123,6 +133,124 @@ def test_header_profiles_give_their_header_first(opened: Open) -> None:
         assert head + read_to_end(channel) == ops.read_state()
 
 
+# What MIG_DATA_SIZE says in a pre-copy: what STOP_COPY would still give.
+
+CHANGING = "sim:?size=300000&dirty=1G&seed=3"
+STEADY = [
+    "sim:?size=300000",
+    "sim:?size=300000&initial=1000",
+    "sim:?profile=virtio&size=30000",
+    "sim:?profile=mtty",
+    "sim:?profile=mtty-1",
+]
+
+
+@pytest.mark.parametrize("unread", [0, 1, 20])
+@pytest.mark.parametrize("url", STEADY)
+def test_the_size_in_a_precopy_is_what_is_left_to_the_byte(
+    url: str, unread: int, opened: Open, begin: Begin
+) -> None:
+    ops = opened(url)
+    whole = ops.get_data_size()
+    channel = begin(ops, S.PRE_COPY)
+    left = ops.get_data_size()
+    assert left >= whole
+    first = channel.precopy_info()
+    early = os.read(channel.fileno(), first.initial_bytes + first.dirty_bytes - unread)
+    assert ops.get_data_size() == left - len(early)
+    ops.set_device_state(S.STOP_COPY)
+    assert ops.get_data_size() == left - len(early)
+    assert len(read_to_end(channel)) == left - len(early)
+    assert ops.get_data_size() == 0
+    ops.set_device_state(S.STOP)
+    assert ops.get_data_size() == whole
+
+
+def test_the_size_in_a_precopy_follows_what_became_dirty(opened: Open, begin: Begin) -> None:
+    ops = opened(CHANGING)
+    channel = begin(ops, S.PRE_COPY)
+    read_until_nothing(channel)
+    for _ in range(3):
+        dirty_bytes = channel.precopy_info().dirty_bytes
+        assert ops.get_data_size() >= dirty_bytes > 0
+        read_until_nothing(channel)
+    ops.set_device_state(S.PRE_COPY_P2P)
+    left = ops.get_data_size()
+    ops.set_device_state(S.STOP_COPY)
+    assert ops.get_data_size() == left == len(read_to_end(channel))
+
+
+def test_drivers_that_always_say_the_same_size_do_so_in_a_precopy(
+    opened: Open, begin: Begin
+) -> None:
+    for name in ("hisi", "qat"):
+        ops = opened(f"sim:?profile={name}")
+        reported = ops.get_data_size()
+        read_until_nothing(begin(ops, S.PRE_COPY))
+        assert ops.get_data_size() == reported
+    lying = opened("sim:?size=5000&reported_size=7")
+    begin(lying, S.PRE_COPY)
+    assert lying.get_data_size() == 7
+
+
+@pytest.mark.parametrize("state", [S.STOP, S.STOP_COPY, S.PRE_COPY_P2P, S.RUNNING_P2P])
+def test_a_device_that_does_not_run_does_not_change(state: S, opened: Open, begin: Begin) -> None:
+    ops = opened(CHANGING)
+    channel = begin(ops, S.PRE_COPY)
+    read_until_nothing(channel)
+    changing = ops.read_state()
+    channel.precopy_info()
+    assert ops.read_state() != changing
+    ops.set_device_state(state)
+    stopped = ops.read_state()
+    for _ in range(3):
+        ops.get_data_size()
+        if state is S.PRE_COPY_P2P:
+            channel.precopy_info()
+        assert ops.read_state() == stopped
+
+
+# When it entered what: the truth that a reported downtime is compared with.
+
+
+def test_the_history_has_each_state_that_was_entered_in_order(opened: Open, begin: Begin) -> None:
+    ops = opened("sim:?size=1000&fault=set:EIO@PRE_COPY_P2P:ERROR")
+    before_ns = time.monotonic_ns()
+    ops.set_device_state(S.STOP)
+    begin(ops, S.PRE_COPY)
+    with pytest.raises(OSError, match="Input/output"):
+        ops.set_device_state(S.PRE_COPY_P2P)
+    ops.reset_device()
+    after_ns = time.monotonic_ns()
+    times = [at for at, _ in ops.history]
+    assert [before_ns, *times, after_ns] == sorted([before_ns, *times, after_ns])
+    assert [state for _, state in ops.history] == [
+        S.RUNNING_P2P,
+        S.STOP,
+        S.RUNNING_P2P,
+        S.RUNNING,
+        S.PRE_COPY,
+        S.ERROR,
+        S.RUNNING,
+    ]
+
+
+def test_a_state_that_was_refused_is_not_in_the_history(opened: Open) -> None:
+    ops = opened("sim:?size=1000&fault=set:EBUSY@STOP")
+    with pytest.raises(OSError, match="busy"):
+        ops.set_device_state(S.STOP)
+    assert [state for _, state in ops.history] == [S.RUNNING_P2P]
+
+
+def test_the_history_is_bounded(opened: Open) -> None:
+    ops = opened("sim:?size=10")
+    for _ in range(600):
+        ops.set_device_state(S.RUNNING_P2P)
+        ops.set_device_state(S.RUNNING)
+    assert len(ops.history) == 1024
+    assert ops.history[-1][1] is S.RUNNING
+
+
 # What keeps the truth: the dirty ranges, and the replay of any stream.
 
 
@@ -172,9 +300,12 @@ def test_a_damaged_stream_is_taken_or_refused_but_breaks_nothing(
 ) -> None:
     stream = (STREAM[:at] + damage + STREAM[at + len(damage) :])[:length]
     for accept in ("any", "complete"):
-        with closing(SimulatedOps.open(f"sim:?size=200&accept={accept}")) as ops:
+        with (
+            closing(SimulatedOps.open(f"sim:?size=200&accept={accept}")) as ops,
+            closing(begun(ops, S.RESUMING)) as channel,
+        ):
             before = ops.read_state()
-            write_all(begun(ops, S.RESUMING), stream)
+            write_all(channel, stream)
             if outcome(partial(ops.set_device_state, S.STOP)):
                 assert (ops.get_device_state(), ops.read_state()) == (S.RESUMING, before)
             elif accept == "complete":

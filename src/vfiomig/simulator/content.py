@@ -67,14 +67,19 @@ class Dirtier:
             length -= piece
         self.dirty_bytes = min(self.dirty_bytes, self._span)
 
-    def take(self) -> list[tuple[int, int]]:
-        """Return the dirty ranges as offset and length, and forget them."""
+    def ranges(self) -> list[tuple[int, int]]:
+        """Return the dirty ranges as offset and length."""
         straight = min(self.dirty_bytes, self._span - self._start)
         ranges = [(self._start, straight), (0, self.dirty_bytes - straight)]
+        return [(self._first + offset, length) for offset, length in ranges if length]
+
+    def take(self) -> list[tuple[int, int]]:
+        """Return the dirty ranges, and forget them."""
+        found = self.ranges()
         if self._span:
             self._start = (self._start + self.dirty_bytes) % self._span
         self.dirty_bytes = 0
-        return [(self._first + offset, length) for offset, length in ranges if length]
+        return found
 
     def _write_change(self, start: int, length: int) -> None:
         self._changes += 1

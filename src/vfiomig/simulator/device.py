@@ -80,7 +80,7 @@ class SimulatedOps:
             return self._home.device_state
 
     def get_data_size(self) -> int:
-        """VFIO_DEVICE_FEATURE_MIG_DATA_SIZE."""
+        """VFIO_DEVICE_FEATURE_MIG_DATA_SIZE: in a pre-copy session, what is left for STOP_COPY."""
         with self._device():
             self._meet("size")
             if self._opening.reported_errno:
@@ -89,6 +89,8 @@ class SimulatedOps:
                 return self._opening.reported_size
             if self._profile.reported_bytes is not None:
                 return self._profile.reported_bytes
+            if self._precopy is not None:
+                return self._precopy.remaining_bytes()
             return self._home.state.size
 
     def set_precopy_info_v2(self) -> bool:
@@ -125,6 +127,14 @@ class SimulatedOps:
                 self._reset()
             self._end_session()
             self._home.close()
+
+    @property
+    def history(self) -> list[tuple[int, S]]:
+        """When the device entered which state since it was opened: CLOCK_MONOTONIC, ns.
+
+        What it did, not what it was asked, resets and errors included; the last 1024.
+        """
+        return list(self._home.entered)
 
     def state_digest(self) -> str:
         """Return the BLAKE2b-128 of the state."""

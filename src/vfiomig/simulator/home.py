@@ -1,9 +1,11 @@
 """Where a simulated device lives: in memory, or in FILE with FILE.sim beside it."""
 
 import os
+import time
+from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vfiomig.errors import LocalIOError, UsageError, opening_failed
 from vfiomig.fd import OwnedFd
@@ -12,21 +14,33 @@ from vfiomig.simulator.storage import FileStorage, MemoryStorage, SimState
 from vfiomig.simulator.url import Parameters, SimUrl, agree, parse_parameters
 from vfiomig.uapi import DeviceState
 
+# Ours: more than any test needs, and little enough for a device that is open for years.
+_KEPT_STATES = 1024
+
+
+def _new_history() -> deque[tuple[int, DeviceState]]:
+    return deque(maxlen=_KEPT_STATES)
+
 
 @dataclass(slots=True)
 class Home:
-    """Owns what is left of a device while it is not open, and the lock on it."""
+    """Owns what is left of a device while it is not open, and the lock on it.
+
+    entered: when (CLOCK_MONOTONIC, ns) it came into which state since then, the last 1024.
+    """
 
     parameters: Parameters
     state: SimState
     device_state: DeviceState
     sidecar: Sidecar | None
+    entered: deque[tuple[int, DeviceState]] = field(default_factory=_new_history)
 
     def record(self, device_state: DeviceState) -> None:
         """Keep the state the device is in. Raises OSError."""
         if self.sidecar is not None and device_state is not self.device_state:
             self.sidecar.write(self.parameters.as_texts(), device_state)
         self.device_state = device_state
+        self.entered.append((time.monotonic_ns(), device_state))
 
     def close(self) -> None:
         """Close the files and give up the lock. What is in a file stays."""

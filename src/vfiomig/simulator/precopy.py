@@ -7,7 +7,7 @@ from vfiomig.channel import PrecopyInfo
 from vfiomig.simulator.content import Dirtier
 from vfiomig.simulator.feeder import PipedSave
 from vfiomig.simulator.profiles import Precopy
-from vfiomig.simulator.updates import Segment, UpdateLog
+from vfiomig.simulator.updates import RECORD, Segment, UpdateLog
 from vfiomig.simulator.url import Parameters
 from vfiomig.uapi import DeviceState as S
 
@@ -34,6 +34,7 @@ class PrecopySource:
         self._running_since_ns: int | None = None
         self._copied_ns = time.monotonic_ns()
         self._initial_end = 0
+        self._is_last_appended = False
 
     def start(self) -> None:
         """Append what is to be read first."""
@@ -50,6 +51,7 @@ class PrecopySource:
             self._running_since_ns = time.monotonic_ns()
         elif target is S.STOP_COPY:
             self._session.append(self._last(), None)
+            self._is_last_appended = True
 
     def info(self) -> PrecopyInfo:
         """VFIO_MIG_GET_PRECOPY_INFO: the call that makes new data, once the old has been read."""
@@ -61,6 +63,12 @@ class PrecopySource:
         initial = min(max(self._initial_end - self._session.read_bytes(), 0), unread)
         dirty = self._dirtier.dirty_bytes if is_running and self._form is Precopy.DIRTY else 0
         return PrecopyInfo(initial, unread - initial + dirty)
+
+    def remaining_bytes(self) -> int:
+        """Return what STOP_COPY would still give if it were entered now: MIG_DATA_SIZE."""
+        self._change()
+        last_bytes = 0 if self._is_last_appended else self._last_bytes()
+        return self._session.unread_bytes() + last_bytes
 
     def start_over(self) -> PrecopyInfo:
         """Append the whole state once more, as initial data: VFIO_PRECOPY_INFO_REINIT.
@@ -100,6 +108,15 @@ class PrecopySource:
             return [Segment(self._fd, self._header_bytes, rest)]
         changed = self._dirty() if self._form is Precopy.DIRTY else self._whole()
         return changed + self._log.end()
+
+    def _last_bytes(self) -> int:
+        """Return how long _last() would be."""
+        if self._form is Precopy.HEADER:
+            return self._size_bytes - self._header_bytes
+        if self._form is Precopy.COPIES:
+            return RECORD.size + self._size_bytes + RECORD.size
+        records = len(self._dirtier.ranges()) + 1
+        return records * RECORD.size + self._dirtier.dirty_bytes
 
     def _whole(self) -> list[Segment]:
         return self._log.data(self._fd, 0, self._size_bytes)
