@@ -12,6 +12,7 @@ import vfiomig
 from vfiomig import MigrationError
 from vfiomig.report import Event
 from vfiomig.simulator.device import SimulatedOps
+from vfiomig.simulator.url import parse_url
 
 # Every profile there is, with a state that is no multiple of anything where its size is free.
 URLS = {
@@ -45,6 +46,15 @@ class Simulated(vfiomig.Device):
 
     def content(self) -> bytes:
         return self._simulator.read_state()
+
+    @property
+    def history(self) -> list[tuple[int, vfiomig.DeviceState]]:
+        """The states it has entered, and when (CLOCK_MONOTONIC)."""
+        return self._simulator.history
+
+    def set_faults(self, *faults: str) -> None:
+        """Let it fail so from now on."""
+        self._simulator._opening = parse_url("sim:?" + "&".join(f"fault={x}" for x in faults)).opening
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Save, load and inspect the migration state of VFIO devices, without a VMM.
+"""Save, load, live-migrate and inspect the state of VFIO devices, without a VMM.
 
     with vfiomig.open_device("sim:disk.state?size=64M") as device:
         report = vfiomig.save(device, "disk.vmig")
@@ -15,22 +15,26 @@ from typing import TYPE_CHECKING
 from vfiomig._version import __version__
 from vfiomig.errors import (
     AccessError,
+    AuthenticationError,
     CancelledError,
     DeviceBusyError,
     DeviceIOError,
     DeviceLostError,
     DeviceStateError,
     IllegalArcError,
+    IncompatibleError,
     LocalIOError,
     MigrationError,
     NoSuchDeviceError,
     NotMigratableError,
+    OutcomeUnknownError,
     OutOfSyncError,
     PeerError,
     ResourceLimitError,
     StaleChannelError,
     StreamError,
     StreamMismatchError,
+    TimeLimitError,
     UsageError,
 )
 from vfiomig.uapi import Capability, DeviceState
@@ -40,18 +44,36 @@ if TYPE_CHECKING:
     from vfiomig.device import Device
     from vfiomig.identity import Identity
     from vfiomig.inspection import Inspection, inspect
+    from vfiomig.live.destination import receive
+    from vfiomig.live.options import ReceiveOptions, SendOptions
+    from vfiomig.live.source import send
+    from vfiomig.live.tls import TlsFiles
     from vfiomig.load import load
     from vfiomig.options import LoadOptions, PreCopyLimits, QemuFraming, SaveOptions
-    from vfiomig.report import Chunk, Event, Phase, Progress, StateChange, TransferReport, Warning
+    from vfiomig.report import (
+        Chunk,
+        Connected,
+        Event,
+        MigrationProgress,
+        MigrationReport,
+        MovedDevice,
+        Phase,
+        Progress,
+        StateChange,
+        TransferReport,
+        Warning,
+    )
     from vfiomig.save import save
     from vfiomig.worker import Cancellation
 
 __all__ = [
     "AccessError",
+    "AuthenticationError",
     "Cancellation",
     "CancelledError",
     "Capability",
     "Chunk",
+    "Connected",
     "Device",
     "DeviceBusyError",
     "DeviceIOError",
@@ -61,24 +83,33 @@ __all__ = [
     "Event",
     "Identity",
     "IllegalArcError",
+    "IncompatibleError",
     "Inspection",
     "LoadOptions",
     "LocalIOError",
     "MigrationError",
+    "MigrationProgress",
+    "MigrationReport",
+    "MovedDevice",
     "NoSuchDeviceError",
     "NotMigratableError",
     "OutOfSyncError",
+    "OutcomeUnknownError",
     "PeerError",
     "Phase",
     "PreCopyLimits",
     "Progress",
     "QemuFraming",
+    "ReceiveOptions",
     "ResourceLimitError",
     "SaveOptions",
+    "SendOptions",
     "StaleChannelError",
     "StateChange",
     "StreamError",
     "StreamMismatchError",
+    "TimeLimitError",
+    "TlsFiles",
     "TransferReport",
     "UsageError",
     "Warning",
@@ -86,7 +117,9 @@ __all__ = [
     "inspect",
     "load",
     "open_device",
+    "receive",
     "save",
+    "send",
 ]
 
 # Where the names are that only mypy sees imported above. A room is imported when the first of its
@@ -95,23 +128,32 @@ __all__ = [
 _ROOMS = {
     "Cancellation": "worker",
     "Chunk": "report",
+    "Connected": "report",
     "Device": "device",
     "Event": "report",
     "Identity": "identity",
     "Inspection": "inspection",
     "LoadOptions": "options",
+    "MigrationProgress": "report",
+    "MigrationReport": "report",
+    "MovedDevice": "report",
     "Phase": "report",
     "PreCopyLimits": "options",
     "Progress": "report",
     "QemuFraming": "options",
+    "ReceiveOptions": "live.options",
     "SaveOptions": "options",
+    "SendOptions": "live.options",
     "StateChange": "report",
+    "TlsFiles": "live.tls",
     "TransferReport": "report",
     "Warning": "report",
     "inspect": "inspection",
     "load": "load",
     "open_device": "backends",
+    "receive": "live.destination",
     "save": "save",
+    "send": "live.source",
 }
 
 

@@ -66,12 +66,14 @@ class Device:
     """A migratable device. Owns its ops, and the one data session it may have.
 
     Not for several threads at once: one thread asks for state changes. Leave it by close() or with;
-    close() changes no state.
+    close() changes no state. opened_as: what open_device() takes to open it again in another
+    process, "" where nothing does.
     """
 
     def __init__(self, name: str, identity: Identity, ops: DeviceOps) -> None:
         """Take over ops. Raises NotMigratableError (then ops is closed)."""
         self.name, self.identity, self._ops = name, identity, ops
+        self.opened_as = ""
         self._channel: DataChannel | None = None
         self._on_change: Callable[..., None] | None = None
         try:

@@ -13,6 +13,7 @@ class MigrationError(Exception):
     asked for. actual: the state the device was in when last looked at; None if nobody could.
     phase: what was being done. hint: what to do about it, a sentence or "". aftermath: what was
     done to the device afterwards, a sentence or "". code: the exit code of the command.
+    source_state, destination_state: of a live migration, what is known of both sides, or "".
     """
 
     code: int = 1
@@ -31,6 +32,7 @@ class MigrationError(Exception):
         super().__init__(message)
         self.device, self.errno, self.wanted, self.actual = device, errno, wanted, actual
         self.phase, self.hint, self.aftermath = phase, hint, ""
+        self.source_state = self.destination_state = ""
 
     def name_stream(self, name: str) -> None:
         """Put the name of the stream in front of the message."""
@@ -142,6 +144,38 @@ class LocalIOError(MigrationError):
     code = 10
 
 
+class TimeLimitError(MigrationError):
+    """It would take longer, or has taken longer, than was allowed: the downtime limit, a wait."""
+
+    code = 11
+
+
+class IncompatibleError(MigrationError):
+    """The destination's device does not fit the source's.
+
+    fields: what differs, in order: (name, value at the source, value at the destination).
+    """
+
+    code = 12
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        fields: tuple[tuple[str, str, str], ...] = (),
+        device: str = "",
+        hint: str = "",
+    ) -> None:
+        super().__init__(message, device=device, hint=hint)
+        self.fields = fields
+
+
+class AuthenticationError(MigrationError):
+    """The peer could not prove who it is, or is not allowed; or a key file is not private."""
+
+    code = 13
+
+
 class CancelledError(MigrationError):
     """The work was cancelled, and rolled back."""
 
@@ -158,6 +192,19 @@ class DeviceLostError(MigrationError):
     """The last word: the device is not RUNNING and could not be reset. A person has to look."""
 
     code = 20
+
+
+class OutcomeUnknownError(MigrationError):
+    """The source has said GO and does not know what came of it: its devices stay stopped.
+
+    session: what `vfiomig resolve` takes, 32 hex digits.
+    """
+
+    code = 21
+
+    def __init__(self, message: str, *, session: str, hint: str = "") -> None:
+        super().__init__(message, phase="hand-over", hint=hint)
+        self.session = session
 
 
 _BY_ERRNO: dict[int, type[MigrationError]] = {

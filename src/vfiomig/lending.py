@@ -271,12 +271,7 @@ def _listen(path: Path) -> socket.socket:
     with ExitStack() as made:
         listener = made.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
         try:
-            # The node gets the mode of the socket's own inode (unix_bind_bsd, net/unix/af_unix.c):
-            # it is never wider. The umask belongs to the whole process; it may only take more.
-            os.fchmod(listener.fileno(), 0o600)
-            _make_room(path)
-            listener.bind(os.fspath(path))
-            os.chmod(path, 0o600)
+            bind_privately(listener, os.fspath(path))
             listener.listen()
             listener.settimeout(0)
         except OSError as err:
@@ -286,15 +281,28 @@ def _listen(path: Path) -> socket.socket:
         return listener
 
 
-def _make_room(path: Path) -> None:
-    """Remove what a lender of ours left behind when it was killed, and nothing else."""
+def bind_privately(listener: socket.socket, path: str) -> None:
+    """Bind a UNIX socket at path, for this user and root: mode 0600. Raises OSError.
+
+    What a process of ours left there when it was killed is removed, and nothing else: LocalIOError,
+    DeviceBusyError when somebody serves there.
+    """
+    # The node gets the mode of the socket's own inode (unix_bind_bsd, net/unix/af_unix.c): it is
+    # never wider. The umask belongs to the whole process; it may only take more.
+    os.fchmod(listener.fileno(), 0o600)
+    _make_room(path, listener.type)
+    listener.bind(path)
+    os.chmod(path, 0o600)
+
+
+def _make_room(path: str, kind: int) -> None:
     if not os.path.lexists(path):
         return
     if not stat.S_ISSOCK((node := os.lstat(path)).st_mode) or node.st_uid != os.geteuid():
         raise LocalIOError(f"{path} exists, and is no socket of ours", errno=errno.EEXIST)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+    with socket.socket(socket.AF_UNIX, kind) as probe:
         probe.settimeout(0)
         # EAGAIN is a full queue, EPROTOTYPE another kind of server: somebody lives there.
-        if probe.connect_ex(os.fspath(path)) != errno.ECONNREFUSED:
+        if probe.connect_ex(path) != errno.ECONNREFUSED:
             raise DeviceBusyError(f"{path}: somebody serves there already", errno=errno.EADDRINUSE)
     os.unlink(path)

@@ -57,7 +57,41 @@ class Warning:
     text: str
 
 
-Event = StateChange | Chunk | Progress | Warning
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """A live migration: the receiver listens at address (peer ""), or somebody is there."""
+
+    address: str
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationProgress:
+    """Where a live migration stands, of all its devices together.
+
+    device_bytes: read here (source) or loaded here (destination). pending_bytes: what a stop would
+    still have to move, as estimated. bytes_per_s: measured end to end, 0 before that.
+    expected_downtime_ns: 0 before it can be told. round: of pre-copy, 0 outside it.
+    """
+
+    phase: str
+    round: int
+    device_bytes: int
+    pending_bytes: int
+    bytes_per_s: int
+    expected_downtime_ns: int
+    elapsed_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoppingSoon:
+    """The devices are about to be stopped, for about expected_downtime_ns. text: how that comes."""
+
+    expected_downtime_ns: int
+    text: str
+
+
+Event = StateChange | Chunk | Progress | Warning | Connected | MigrationProgress | StoppingSoon
 OnEvent = Callable[[Event], None]
 
 
@@ -107,6 +141,60 @@ class TransferReport:
         plain = asdict(self)
         plain["state"] = self.state.name
         plain["config_bytes"] = len(plain.pop("config"))
+        plain["state_changes"] = [state_change_dict(change) for change in self.state_changes]
+        return plain
+
+
+@dataclass(frozen=True, slots=True)
+class MovedDevice:
+    """One device of a live migration: its name here, what moved, what it was left in here.
+
+    pre_copy_bytes: of device_bytes, those that moved while it ran. zero_bytes: those that did not
+    travel. digest: XXH3-64 of all, 16 hex digits, the same on both sides.
+    """
+
+    name: str
+    device_bytes: int
+    pre_copy_bytes: int
+    zero_bytes: int
+    digest: str
+    state: DeviceState
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationReport:
+    """What send() or receive() did.
+
+    downtime_ns: from asking the first device at the source to leave its running states, to the last
+    device RUNNING at the destination; true within downtime_error_ns, half the round trip of GO and
+    DONE. source_downtime_ns: from the same moment until the source heard of it.
+    destination_downtime_ns: from hearing that the source stops to the last device RUNNING. All by
+    CLOCK_MONOTONIC of one host each; None where the other end did not tell. expected_downtime_ns:
+    what was reckoned just before stopping. bytes_per_s: from end to end, while it was measured.
+    """
+
+    role: str
+    session: str
+    peer: str
+    devices: tuple[MovedDevice, ...]
+    stream_bytes: int
+    rounds: int
+    duration_ns: int
+    downtime_ns: int | None
+    downtime_error_ns: int | None
+    source_downtime_ns: int | None
+    destination_downtime_ns: int | None
+    expected_downtime_ns: int
+    downtime_limit_ns: int | None
+    bytes_per_s: int
+    phases: tuple[Phase, ...] = ()
+    state_changes: tuple[StateChange, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report as plain values for JSON; states by name."""
+        plain = asdict(self)
+        plain["devices"] = [asdict(moved) | {"state": moved.state.name} for moved in self.devices]
         plain["state_changes"] = [state_change_dict(change) for change in self.state_changes]
         return plain
 

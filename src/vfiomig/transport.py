@@ -16,7 +16,7 @@ from vfiomig.fd import OwnedFd
 # CPU seconds per GB, Zen 4, 22 Nov 2026).
 _PIPE_BYTES = 1 << 20
 # SO_SNDBUF: 1.71 instead of 1.16 times QEMU's loop by wall (the same measurement).
-_UNIX_BYTES = 4 << 20
+UNIX_BYTES = 4 << 20
 
 
 class HasFileno(Protocol):
@@ -292,7 +292,7 @@ def _widen(fd: int) -> None:
 
     with socket.socket(fileno=os.dup(fd)) as sock:
         if sock.family == socket.AF_UNIX and not sock.type & socket.SOCK_DGRAM:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BYTES)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_BYTES)
 
 
 def _local(what: str, err: OSError) -> LocalIOError | ResourceLimitError:

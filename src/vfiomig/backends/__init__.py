@@ -33,6 +33,12 @@ def open_device(name: str) -> Device:
     DeviceBusyError, AccessError, NotMigratableError, DeviceIOError, ResourceLimitError or
     PeerError; then nothing is left open.
     """
+    device = _open(name)
+    device.opened_as = lasting_name(name)
+    return device
+
+
+def _open(name: str) -> Device:
     # Each kind is imported when it is asked for: start-up is most of what a short command takes.
     if name.startswith("sim:"):
         from vfiomig.simulator.device import open_simulated
@@ -44,6 +50,17 @@ def open_device(name: str) -> Device:
     from vfiomig.backends import kernel
 
     return kernel.open_kernel(sysfs.find(name))
+
+
+def lasting_name(name: str) -> str:
+    """Return name as another process can use it, in whatever directory; "" where none could."""
+    if name.startswith("sim:"):
+        path, _, _ = name.removeprefix("sim:").partition("?")
+        return f"sim:{os.path.abspath(path)}" if path else ""
+    if name.startswith("unix:"):
+        path, hash_sign, device = name.removeprefix("unix:").partition("#")
+        return f"unix:{os.path.abspath(path)}{hash_sign}{device}"
+    return "" if name.startswith("fd:") else name
 
 
 def is_borrowed(name: str) -> bool:

@@ -1,0 +1,1 @@
+"""Live migration between two hosts: docs/session-protocol.md, in code."""

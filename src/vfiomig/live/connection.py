@@ -1,0 +1,237 @@
+"""One connection between two ends: dialed, taken from a listener, or given as descriptors.
+
+What a session reads and writes are plain descriptors, whatever carries them.
+"""
+
+import errno
+import ipaddress
+import os
+import select
+import socket
+import stat
+import struct
+import time
+from contextlib import suppress
+
+from vfiomig.errors import CancelledError, MigrationError, PeerError, UsageError
+from vfiomig.fd import OwnedFd
+from vfiomig.live.address import Address
+from vfiomig.live.tls import LINGER_NS, Relay, TlsFiles, handshake, linger
+from vfiomig.transport import UNIX_BYTES, FdStream
+
+_UCRED = struct.Struct("=iII")  # struct ucred of include/linux/socket.h: pid, uid, gid
+# Ours, as the silence of a session: what was sent and not acknowledged for so long has no reader.
+_USER_TIMEOUT_MS = 10_000
+
+
+class Connection:
+    """Owns its descriptors. in_fd, out_fd: what to read and write, the same for a socket.
+
+    name: for messages. peer: who is there, as far as anything tells.
+    """
+
+    def __init__(self, name: str, peer: str, sock: socket.socket | None) -> None:
+        """Take over sock; None: of the descriptors 0 and 1."""
+        self.name, self.peer, self._socket = name, peer, sock
+        self._relay: Relay | None = None
+        self._in = self._out = OwnedFd(-1)
+        self._sink: FdStream | None = None
+
+    @property
+    def in_fd(self) -> int:
+        """The descriptor to read, -1 once closed."""
+        return self._socket.fileno() if self._socket is not None else self._in.fileno()
+
+    @property
+    def out_fd(self) -> int:
+        """The descriptor to write, -1 once closed."""
+        if self._socket is not None:
+            return self._socket.fileno()
+        return self._sink.fileno() if self._sink is not None else -1
+
+    def take_pipes(self) -> None:
+        """Become standard input and output. Raises UsageError for a terminal, OSError."""
+        if os.isatty(0) or os.isatty(1):
+            raise UsageError("standard input and output are a terminal", hint="connect them")
+        self._in, self._out = OwnedFd(os.dup(0)), OwnedFd(os.dup(1))
+        self._sink = FdStream(self._out.fileno(), "standard output", writing=True)
+
+    def secure(self, files: TlsFiles, host: str | None, ends_ns: int, wake_fd: int) -> None:
+        """Speak TLS from here on. host: what was dialed, None where it came to us.
+
+        Raises AuthenticationError, PeerError, CancelledError; close() it then.
+        """
+        assert self._socket is not None
+        plain, self._socket = self._socket, None
+        secured, self.peer = handshake(plain, files, host=host, ends_ns=ends_ns, wake_fd=wake_fd)
+        self._relay = Relay(secured)
+        self._socket = self._relay.detach()
+
+    def failed(self, err: OSError) -> MigrationError:
+        """Return what an OSError of a descriptor of this connection means."""
+        if self._relay is not None and self._relay.failure is not None:
+            reason = f"TLS broke off: {self._relay.failure}"
+        elif err.errno == errno.ETIMEDOUT:
+            reason = "it says nothing any more"
+        elif err.errno in (errno.ECONNRESET, errno.EPIPE):
+            reason = "the other end has gone, or the connection was cut"
+        else:
+            reason = err.strerror or str(err)
+        return PeerError(f"{self.name}: {reason}", errno=err.errno)
+
+    def close(self) -> None:
+        """End the connection so that the peer gets all that was sent; waits for that, 2 s at most.
+
+        Does nothing when it is closed. Of a descriptor that was given, the connection ends as well.
+        """
+        sock, self._socket = self._socket, None
+        if sock is not None:
+            with sock, suppress(OSError):
+                if self._relay is None:
+                    linger(sock, time.monotonic_ns() + LINGER_NS)
+                else:
+                    sock.shutdown(socket.SHUT_WR)
+                    self._relay.join()
+        if self._sink is not None:
+            self._sink.close()
+        self._in.close()
+        self._out.close()
+
+
+def dial(
+    address: Address,
+    *,
+    tls: TlsFiles | None,
+    insecure: bool,
+    timeout_ns: int,
+    wake_fd: int = -1,
+) -> Connection:
+    """Connect to a listener, with TLS where files are given. Blocks for timeout_ns at most.
+
+    Raises PeerError, AuthenticationError, UsageError (TCP beyond this host without TLS, unless
+    insecure), CancelledError once wake_fd is readable.
+    """
+    ends_ns = time.monotonic_ns() + timeout_ns
+    family, where = resolved(address, tls=tls, insecure=insecure)
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        _connect(sock, where, str(address), ends_ns, wake_fd)
+        tune(sock)
+        connection = Connection(str(address), peer_of(sock), sock)
+    except BaseException:
+        sock.close()
+        raise
+    if tls is not None:
+        try:
+            connection.secure(tls, address.host or "localhost", ends_ns, wake_fd)
+        except MigrationError as err:
+            connection.close()
+            err.args = (f"{address}: {err}",)
+            raise
+    return connection
+
+
+def _connect(sock: socket.socket, where: object, name: str, ends_ns: int, wake_fd: int) -> None:
+    sock.settimeout(0)
+    number = sock.connect_ex(where)  # type: ignore[arg-type]
+    if number == errno.EINPROGRESS:
+        waiter = select.poll()
+        waiter.register(sock.fileno(), select.POLLOUT)
+        if wake_fd >= 0:
+            waiter.register(wake_fd, select.POLLIN)
+        left_ms = max((ends_ns - time.monotonic_ns()) // 1_000_000, 0)
+        ready = [fd for fd, _ in waiter.poll(left_ms)]
+        if wake_fd in ready:
+            raise CancelledError("cancelled")
+        if not ready:
+            raise PeerError(f"{name}: nobody answered in time", errno=errno.ETIMEDOUT)
+        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if number:
+        hint = "is a receiver listening there?"
+        raise PeerError(f"{name}: {os.strerror(number)}", errno=number, hint=hint)
+    sock.settimeout(None)
+
+
+def resolved(
+    address: Address, *, tls: TlsFiles | None, insecure: bool
+) -> tuple[socket.AddressFamily, object]:
+    """Return the family and the socket address. Raises PeerError, UsageError."""
+    if address.scheme == "unix":
+        return socket.AF_UNIX, address.path
+    if address.scheme == "vsock":
+        return socket.AF_VSOCK, (int(address.host), address.port)
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as err:
+        reason = getattr(err, "strerror", None) or str(err)
+        raise PeerError(
+            f"{address}: {address.host} does not resolve: {reason}", hint="check the host's name"
+        ) from err
+    family, _, _, _, where = found[0]
+    is_local = ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback
+    if not (is_local or insecure or tls is not None):
+        raise UsageError(
+            f"{address} is not this host, and there is no TLS: whoever is on the way could read the"
+            " state, and write another",
+            hint="--tls-dir DIR; --insecure only where nobody else is on that network",
+        )
+    return family, where
+
+
+def tune(sock: socket.socket) -> None:
+    """Set what a session wants of a stream socket."""
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    elif sock.family == socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_BYTES)
+
+
+def peer_of(sock: socket.socket) -> str:
+    """Return who is at the other end, as far as the socket tells."""
+    if sock.family == socket.AF_UNIX:
+        data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        pid, uid, _ = _UCRED.unpack(data)
+        return f"process {pid}, user {uid}"
+    with suppress(OSError):
+        name = sock.getpeername()
+        host = f"[{name[0]}]" if ":" in str(name[0]) else name[0]
+        return f"{host}:{name[1]}"
+    return "a peer that has gone"
+
+
+def from_descriptors(address: Address) -> Connection:
+    """Return a connection of fd:N, a connected stream socket, or of standard input and output.
+
+    The descriptors stay the caller's, but the connection is over when this one is closed. Raises
+    UsageError.
+    """
+    if address.scheme == "stdio":
+        connection = Connection("standard input and output", "whoever started this", None)
+        try:
+            connection.take_pipes()
+        except OSError as err:
+            connection.close()
+            raise UsageError(f"standard input and output: {err.strerror}") from err
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+    try:
+        if not stat.S_ISSOCK(os.fstat(address.fd).st_mode):
+            raise UsageError(f"{address} is no socket", hint="a connected stream socket, or -")
+        sock = socket.socket(fileno=os.dup(address.fd))
+    except OSError as err:
+        raise UsageError(f"{address}: {err.strerror}") from err
+    try:
+        if sock.type != socket.SOCK_STREAM:
+            raise UsageError(f"{address} is no stream socket")
+        tune(sock)
+        return Connection(str(address), peer_of(sock), sock)
+    except OSError as err:
+        sock.close()
+        raise UsageError(f"{address}: {err.strerror}") from err
+    except BaseException:
+        sock.close()
+        raise
