@@ -23,11 +23,16 @@ COMMANDS = {
     "doctor": "what this host lacks for migration, and what to do about it",
     "save": "save the state of a device into a file or a pipe",
     "load": "load a state into a device",
+    "send": "migrate devices, live, to a receiver",
+    "receive": "take the devices of a sender, which then run here",
+    "estimate": "how long a device would be stopped by a migration",
+    "check": "whether the state of one device fits into another",
     "inspect": "what a stream holds, and how far it is sound",
     "verify": "whether streams are sound to their end",
     "diff": "whether two streams hold the same state",
     "state": "the state a device is in, or a change of it",
     "reset": "reset a device: RUNNING, and blank",
+    "resolve": "decide what becomes of devices after a migration without an end",
     "bench": "how fast a device is saved, beside tools that only copy",
     "hold": "open devices once, keep them open, and lend them to other commands",
 }
@@ -47,8 +52,9 @@ examples:
 exit codes:
   0 ok, 1 internal, 2 usage, 3 not migratable, 4 permission, 5 no such device or busy, 6 device
   error, 7 stream damaged, 8 stream of another device or a newer version, 9 peer, 10 local I/O,
-  12 differs, 14 cancelled, 15 resource limit, 20 the device is not RUNNING any more: look at it,
-  130, 143 signals
+  11 time-out or over the downtime limit, 12 differs or does not fit, 13 authentication, 14
+  cancelled, 15 resource limit, 20 the device is not RUNNING any more: look at it, 21 outcome
+  unknown: run resolve, 130, 143 signals
 """
 
 
@@ -87,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a name need not fit into the terminal's encoding
             stream.reconfigure(errors="backslashreplace")
     out = Output(json=_wants_json(words))
-    if words[:1] == ["save"] and "-" in words:
+    if words[:1] and words[0] in ("save", "send", "receive") and "-" in words:
         out.results = sys.stderr  # standard output is the stream's
     _take_signals()
     try:
@@ -196,7 +202,7 @@ def _top() -> argparse.ArgumentParser:
     return _Parser(
         prog="vfiomig",
         usage="vfiomig COMMAND …  |  vfiomig COMMAND --help  |  vfiomig --version",
-        description="Save, load and inspect the migration state of VFIO devices, without a VMM.\n\n"
+        description="Save, load and live-migrate the state of VFIO devices, without a VMM.\n\n"
         "commands:\n" + "\n".join(lines),
         epilog=_EPILOG,
         formatter_class=_SOME_WIDTH,

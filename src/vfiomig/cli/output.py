@@ -70,13 +70,15 @@ class Output:
 def stopped_by(number: int, err: BaseException) -> MigrationError:
     """Return the error for work that a signal ended, with what became of the device."""
     cause = err.__cause__ or err.__context__
-    if isinstance(cause, MigrationError) and cause.code == 20:
-        return cause  # the device did not come back: that matters more
+    if isinstance(cause, MigrationError) and cause.code in (20, 21):
+        return cause  # the device did not come back, or nobody knows: that matters more
     stopped = MigrationError(f"stopped by {signal.Signals(number).name}")
     stopped.code = 128 + number
     if isinstance(cause, MigrationError):
         stopped.aftermath, stopped.actual = cause.aftermath, cause.actual
         stopped.device, stopped.phase = cause.device, cause.phase
+        stopped.source_state = cause.source_state
+        stopped.destination_state = cause.destination_state
     return stopped
 
 
@@ -94,7 +96,11 @@ def error_values(err: MigrationError) -> dict[str, Any]:
         "actual_state": err.actual.name if err.actual is not None else None,
         "offset": getattr(err, "offset", None),
         "aftermath": err.aftermath,
-        "recoverable": err.code != 20,
+        "source_state": err.source_state,
+        "dest_state": err.destination_state,
+        "session": getattr(err, "session", None),
+        "fields": [list(field) for field in getattr(err, "fields", ())],
+        "recoverable": err.code not in (20, 21),
         "hint": err.hint,
     }
 

@@ -4,12 +4,21 @@ import os
 import signal
 import sys
 import time
+from dataclasses import asdict
 from types import FrameType
 from typing import TYPE_CHECKING, Self
 
 from vfiomig import quantities
 from vfiomig.cli.output import Output
-from vfiomig.report import Event, Progress, StateChange, state_change_dict
+from vfiomig.report import (
+    Connected,
+    Event,
+    MigrationProgress,
+    Progress,
+    StateChange,
+    StoppingSoon,
+    state_change_dict,
+)
 from vfiomig.report import Warning as WarningEvent
 
 if TYPE_CHECKING:
@@ -24,7 +33,7 @@ class Watch:
 
     def __init__(self, out: Output) -> None:
         self._out, self._shown_ns = out, time.monotonic_ns()
-        self._last: Progress | None = None
+        self._last: Progress | MigrationProgress | None = None
         self._bar: rich.progress.Progress | None = None
         self._task: rich.progress.TaskID | None = None
         plain = os.environ.get("TERM") == "dumb" or out.quiet or out.json
@@ -34,24 +43,43 @@ class Watch:
 
     def __call__(self, event: Event) -> None:
         """Take one event, in the working thread."""
-        if isinstance(event, Progress):
+        if isinstance(event, Progress | MigrationProgress):
             self._progress(event)
         elif isinstance(event, StateChange):
             self._state_change(event)
         elif isinstance(event, WarningEvent):
             self._out.note(event.text)
+        elif isinstance(event, Connected):
+            self._connected(event)
+        elif isinstance(event, StoppingSoon):
+            self._stopping(event)
 
-    def _progress(self, event: Progress) -> None:
+    def _connected(self, event: Connected) -> None:
+        kind = "connected" if event.peer else "listening"
+        if self._out.json:
+            self._out.record(kind, {"address": event.address, "peer": event.peer})
+        else:
+            self._out.note(f"{kind} at {event.address}" + (f": {event.peer}" * bool(event.peer)))
+
+    def _stopping(self, event: StoppingSoon) -> None:
+        if self._out.json:
+            values = {"expected_downtime_ns": event.expected_downtime_ns, "text": event.text}
+            self._out.record("stopping", values)
+        else:
+            self._out.note(f"stopping the source, for {event.text}")
+
+    def _progress(self, event: Progress | MigrationProgress) -> None:
         self._last = event
         if self._bar is not None and self._task is not None:
+            expected = _expected_bytes(event)
             # An estimate that is passed is no estimate: show a bar without an end.
-            total = event.expected_bytes if event.device_bytes <= event.expected_bytes else None
+            total = expected if event.device_bytes <= expected else None
             self._bar.update(
                 self._task,
                 completed=event.device_bytes,
                 total=total,
                 description=event.phase,
-                rate=_rate(event.device_bytes, event.elapsed_ns),
+                rate=_rate(event),
             )
         elif self._out.json and self._due(_RECORD_NS):
             self._out.record("progress", _values(event))
@@ -118,21 +146,35 @@ def _bar() -> "tuple[rich.progress.Progress, rich.progress.TaskID]":
     return bar, bar.add_task("", total=None, rate="")
 
 
-def _rate(device_bytes: int, elapsed_ns: int) -> str:
-    return quantities.format_rate(device_bytes * 1_000_000_000 // max(elapsed_ns, 1))
+def _expected_bytes(event: Progress | MigrationProgress) -> int:
+    if isinstance(event, Progress):
+        return event.expected_bytes
+    return event.device_bytes + event.pending_bytes
 
 
-def _values(event: Progress) -> dict[str, object]:
-    return {
-        "device": event.device,
-        "phase": event.phase,
-        "device_bytes": event.device_bytes,
-        "expected_bytes": event.expected_bytes,
-        "elapsed_ns": event.elapsed_ns,
-    }
+def _rate(event: Progress | MigrationProgress) -> str:
+    if isinstance(event, MigrationProgress):
+        told = quantities.format_rate(event.bytes_per_s) if event.bytes_per_s else ""
+        if event.expected_downtime_ns:
+            downtime = quantities.format_duration(event.expected_downtime_ns)
+            told += f" round {event.round}, downtime {downtime}"
+        return told.strip()
+    elapsed_ns = max(event.elapsed_ns, 1)
+    return quantities.format_rate(event.device_bytes * 1_000_000_000 // elapsed_ns)
 
 
-def _sentence(event: Progress) -> str:
-    of = f" of about {quantities.format_size(event.expected_bytes)}" if event.expected_bytes else ""
+def _values(event: Progress | MigrationProgress) -> dict[str, object]:
+    return asdict(event)
+
+
+def _sentence(event: Progress | MigrationProgress) -> str:
     took = quantities.format_duration(event.elapsed_ns)
-    return f"{event.phase}: {quantities.format_size(event.device_bytes)}{of} in {took}"
+    done = quantities.format_size(event.device_bytes)
+    if isinstance(event, MigrationProgress):
+        left = quantities.format_size(event.pending_bytes)
+        text = f"{event.phase}, round {event.round}: {done} in {took}, {left} left"
+        downtime = quantities.format_duration(event.expected_downtime_ns)
+        return text + (f", downtime {downtime} expected" * bool(event.expected_downtime_ns))
+    expected = event.expected_bytes
+    of = f" of about {quantities.format_size(expected)}" if expected else ""
+    return f"{event.phase}: {done}{of} in {took}"
