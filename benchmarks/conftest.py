@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from vfiomig.fd import OwnedFd
+from vfiomig.quantities import parse_size
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,14 @@ class Scale:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add --quick: a quarter of the bytes, and fewer rounds; for trying, not for quoting."""
     parser.addoption("--quick", action="store_true", help="64 MiB instead of 256, 3 rounds, not 7")
+    parser.addoption("--state", help="bytes of state instead: 4G")
 
 
 @pytest.fixture(scope="session")
 def scale(request: pytest.FixtureRequest) -> Scale:
-    return Scale(64 << 20, 3) if request.config.getoption("--quick") else Scale(256 << 20, 7)
+    usual = Scale(64 << 20, 3) if request.config.getoption("--quick") else Scale(256 << 20, 7)
+    given = request.config.getoption("--state")
+    return Scale(parse_size(given), usual.rounds) if given else usual
 
 
 @pytest.fixture(scope="session")

@@ -68,9 +68,13 @@ class Recorder:
 
     def warn(self, text: str) -> None:
         """Note something that does not stop the work."""
+        self.remark(text)
+        self.check()
+
+    def remark(self, text: str) -> None:
+        """Note something where nothing may be raised; what on_event raises waits for check()."""
         self.warnings.append(text)
         self.observe(WarningEvent(self._device, text))
-        self.check()
 
     @contextmanager
     def phase(self, name: str, device_bytes: Callable[[], int]) -> Iterator[None]:

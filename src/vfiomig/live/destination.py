@@ -145,7 +145,7 @@ class _Receiving:
                 self._end_threads()
 
     def _stranger(self, text: str) -> None:
-        self._recorder.warnings.append(text)
+        self._recorder.remark(text)
 
     # The beginning.
 
@@ -296,7 +296,7 @@ class _Receiving:
         """Wait for the source to part: what happens to it now changes nothing here."""
         self._words.wait(lambda: self._words.said(Bye) is not None, FAREWELL_NS, heed=False)
         if self._words.said(Bye) is None:
-            self._recorder.warnings.append(
+            self._recorder.remark(
                 "the source has not confirmed: should it be stopped and in doubt,"
                 f" vfiomig resolve {self._session.hex()} there"
             )
@@ -367,7 +367,7 @@ class _Receiving:
             if self._journal is not None:
                 self._journal.record(event)
         except LocalIOError as err:
-            self._recorder.warnings.append(f"{event} could not be recorded: {err}")
+            self._recorder.remark(f"{event} could not be recorded: {err}")
 
     # The end.
 

@@ -367,14 +367,14 @@ class _Sending:
         try:
             self._journal.record(event)
         except LocalIOError as err:
-            self._recorder.warnings.append(f"{event} could not be recorded: {err}")
+            self._recorder.remark(f"{event} could not be recorded: {err}")
 
     def _release(self) -> None:
         try:
             order.leave(self._devices, resetting=self._options.reset_after)
         except MigrationError as err:
             # It runs there: whatever is wrong here, that is no failure of the migration.
-            self._recorder.warnings.append(f"it runs there, and could not be left in order: {err}")
+            self._recorder.remark(f"it runs there, and could not be left in order: {err}")
 
     # The end of one that failed.
 
@@ -490,7 +490,7 @@ class _Sending:
         self._say(Bye(downtime_ns, error_ns, source_ns, rates))
         limit_ns = self._options.downtime_limit_ns
         if downtime_ns > limit_ns:
-            self._recorder.warnings.append("the downtime was longer than allowed")
+            self._recorder.remark("the downtime was longer than allowed")
         assert self._met is not None
         return MigrationReport(
             role="source",

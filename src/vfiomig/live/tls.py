@@ -261,13 +261,16 @@ class _Pipe:
         return not self.left and not self.has_ended
 
     def fill(self, receive: Any) -> None:  # noqa: ANN401  recv_into of either socket
-        """Read once, if there is room and something to read."""
+        """Read what is there, while there is room: TLS gives at most 16 KiB a call."""
         if not self.wants_more:
             return
-        got = _if_ready(lambda: receive(self._memory))
-        if got == 0:
-            self.has_ended = True
-        self._start, self._end = 0, got or 0
+        self._start = self._end = 0
+        while self._end < _BUFFER_BYTES and not self.has_ended:
+            got = _if_ready(lambda: receive(self._memory[self._end :]))
+            if got is None:
+                return
+            self.has_ended = got == 0
+            self._end += got
 
     def drain(self, send: Any) -> None:  # noqa: ANN401  send of either socket
         """Write once, if there is something to write and room for it."""
