@@ -223,6 +223,7 @@ class _Receiving:
             token.hex(),
             tuple(_median(found.bytes_per_s) if found else 0 for found in known),
             tuple(_median(found.fixed_ns) if found else 0 for found in known),
+            self._options.max_state_bytes,
         )
 
     def _start(self, inboxes: Sequence[Inbox]) -> None:

@@ -1,7 +1,7 @@
 """What the two ends of a session say to each other: small JSON objects, strictly parsed.
 
-A message's fields are its class's; unknown fields are passed over, so that later versions may add
-some; an unknown type is an error. Sans-I/O.
+A message's fields are its class's; unknown fields are passed over, and those that have a default
+may be missing, so that later versions may add some; an unknown type is an error. Sans-I/O.
 """
 
 import json
@@ -17,6 +17,7 @@ class Hello(NamedTuple):
 
     token: the destination's, hex, for further connections. rates, fixed_ns: what each of its
     devices was measured to load, in bytes per second, and to take beside; 0 where it never was.
+    max_state_bytes: the largest state it takes into a device; 0: it does not say.
     """
 
     tool: str
@@ -24,6 +25,7 @@ class Hello(NamedTuple):
     token: str = ""
     rates: tuple[int, ...] = ()
     fixed_ns: tuple[int, ...] = ()
+    max_state_bytes: int = 0
 
 
 class Begin(NamedTuple):
@@ -171,7 +173,9 @@ def decode(data: bytes) -> Message:
     if name not in _KINDS:
         raise ValueError(f"there is no message {name[:40]!r}")
     kind = _KINDS[name]
-    found: Message = kind(*(_value(plain, *item) for item in _HINTS[kind].items()))
+    optional = kind._field_defaults.keys() - plain.keys()
+    wanted = {field: hint for field, hint in _HINTS[kind].items() if field not in optional}
+    found: Message = kind(**{field: _value(plain, field, hint) for field, hint in wanted.items()})
     return found
 
 

@@ -191,6 +191,7 @@ class _Sending:
             )
             stack.callback(mover.close)
             self._movers.append(mover)
+            self._doubt_size(device, met.hello.max_state_bytes)
         self._forecast = Forecast(self._movers, self._rates, met.hello, self._options)
         self._pulse = Pulse(
             self._cancellation,
@@ -203,6 +204,14 @@ class _Sending:
         met.inbox.set_silence(self._options.silence_ns)
         met.inbox.wake_on(self._wake)
         self._ears.listen(met.inbox, self._handle)
+
+    def _doubt_size(self, device: Device, most_bytes: int) -> None:
+        length = device.stop_copy_length() or 0  # a hint, which a driver may get wrong
+        if most_bytes and most_bytes < length < 1 << 63:
+            self._recorder.warn(
+                f"{device.name} says that its state has {length} bytes, and {self._address} takes"
+                f" {most_bytes}: --max-state there allows more"
+            )
 
     def _handle(self, inbox: Inbox, header: FrameHeader) -> bool:
         if header.kind is not Kind.MESSAGE:
