@@ -153,6 +153,8 @@ class Ears:
                     pass
             except MigrationError as err:
                 self._words.lose(err)
+            except BaseException as err:  # noqa: BLE001  raised by the thread that works
+                self._words.fail(err)
 
         self._threads.append((start_thread(read, "vfiomig ear"), inbox))
 
