@@ -28,7 +28,8 @@ LEVELS = [
     {"live.link", "live.listener", "live.record"},
     {"live.session", "live.journal"},
     {"live.arrivals", "live.dialing", "live.mover", "live.taker", "live.order"},
-    {"live.forecast"},
+    {"live.forecast", "live.party"},
+    {"live.rounds"},
     {"live.source", "live.destination"},
     # The simulator, which is a house of its own: what a name says, files, sessions, the device.
     {"simulator"},
@@ -56,7 +57,7 @@ LEVELS = [
     {"bench.plot"},
     {"cli.output", "cli.host_values"},
     {"cli.arguments", "cli.transfer_text", "cli.watch", "cli.live_text"},
-    {"cli.live_arguments"},
+    {"cli.live_arguments", "cli.far_end"},
     {f"cli.{path.stem}" for path in (ROOT / "cli").glob("*_command.py")},
     {"cli"},
     {"__main__"},

@@ -54,7 +54,7 @@ class Arrivals:
     def first(self, stack: ExitStack, wait_ns: int) -> tuple[Connection, Greeting]:
         """Wait for a source. The connection is stack's. Raises PeerError when none came."""
         if self._listener is None:
-            connection = from_descriptors(self.address)
+            connection = from_descriptors(self.address, self._options.tls)
             stack.callback(connection.close)
             ends_ns = time.monotonic_ns() + wait_ns if wait_ns else 0
             return connection, read_greeting(connection, ends_ns, self._cancellation.fileno())

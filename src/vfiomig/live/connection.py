@@ -201,12 +201,17 @@ def peer_of(sock: socket.socket) -> str:
     return "a peer that has gone"
 
 
-def from_descriptors(address: Address) -> Connection:
+def from_descriptors(address: Address, tls: TlsFiles | None = None) -> Connection:
     """Return a connection of fd:N, a connected stream socket, or of standard input and output.
 
     The descriptors stay the caller's, but the connection is over when this one is closed. Raises
-    UsageError.
+    UsageError, also where TLS was asked for: it is not spoken there.
     """
+    if tls is not None:
+        raise UsageError(
+            f"{address} is connected already: there is no TLS over it",
+            hint="TLS is for tcp:, unix: and vsock:",
+        )
     if address.scheme == "stdio":
         connection = Connection("standard input and output", "whoever started this", None)
         try:

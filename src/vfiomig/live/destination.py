@@ -5,14 +5,12 @@ report = receive([device], "tcp:[::]:4444", ReceiveOptions(tls=...))
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 
 from vfiomig._version import __version__
 from vfiomig.device import Device
 from vfiomig.errors import (
     CancelledError,
-    DeviceLostError,
-    LocalIOError,
     MigrationError,
     PeerError,
     UsageError,
@@ -44,25 +42,19 @@ from vfiomig.live.messages import (
     Stopping,
 )
 from vfiomig.live.options import MAX_DEVICES, ReceiveOptions
+from vfiomig.live.party import Party
 from vfiomig.live.session import (
-    FAREWELL_NS,
-    Ears,
     Pulse,
-    Words,
-    fail_of,
     new_id,
-    state_text,
-    states_text,
 )
 from vfiomig.live.taker import Taker
 from vfiomig.live.wire import CONTROL, FrameHeader, Greeting, Kind
 from vfiomig.rates import Rates
-from vfiomig.recorder import Recorder
 from vfiomig.report import Connected, MigrationProgress, MigrationReport, MovedDevice, OnEvent
 from vfiomig.switchover import Band
 from vfiomig.threads import together
 from vfiomig.uapi import DeviceState
-from vfiomig.worker import Cancellation, run_shielded
+from vfiomig.worker import Cancellation
 
 
 def receive(
@@ -86,18 +78,11 @@ def receive(
     address = parse_address(url)
     with closing(Cancellation()) as own:
         stop = cancellation or own
-        job = _Receiving(devices, address, options, on_event, stop)
-        try:
-            return run_shielded(job.run, stop)
-        except BaseException:
-            # An exception in this thread that came too late to cancel: what is done is done.
-            if job.report is not None:
-                return job.report
-            raise
+        return _Receiving(devices, address, options, on_event, stop).run_in_thread()
 
 
-class _Receiving:
-    """One session. Runs in the working thread."""
+class _Receiving(Party):
+    """The destination's end."""
 
     def __init__(
         self,
@@ -107,42 +92,37 @@ class _Receiving:
         on_event: OnEvent | None,
         cancellation: Cancellation,
     ) -> None:
-        self._devices, self._address, self._options = devices, address, options
-        self._cancellation = cancellation
-        self._recorder = Recorder(", ".join(device.name for device in devices), on_event)
-        self._words = Words(str(address), len(devices))
+        super().__init__(devices, address, on_event, cancellation)
+        self._options, self._name = options, str(address)
         self._place = Destination.LOADING
         self._takers = [Taker(device, options.max_state_bytes) for device in devices]
-        self._outbox: Outbox | None = None
-        self._journal: Journal | None = None
         self._told: tuple[int, ...] = ()
-        self.report: MigrationReport | None = None
         self._ran_ns = self._commit_ns = 0
-        self._session, self._name = b"", str(address)
+        self._has_never_run = False
 
-    def run(self) -> MigrationReport:
-        with ExitStack() as stack:
-            self._wake = stack.enter_context(closing(Cancellation()))
-            self._last = stack.enter_context(closing(Cancellation()))
-            for device in self._devices:
-                stack.enter_context(device.observed(self._recorder.observe))
-                device.check_in(DeviceState.RUNNING)
-            self._directory = self._options.journal or journal_directory()
-            self._rates = Rates(self._directory)
-            self._ears = Ears(self._words)
-            self._arrivals = stack.enter_context(
-                closing(Arrivals(self._address, self._options, self._cancellation, self._stranger))
-            )
-            try:
-                self._meet(stack)
-                return self._take_over()
-            except BaseException as err:
-                self._give_up(err)
-                self._recorder.note_on(err)
-                raise
-            finally:
-                self._last.cancel()
-                self._end_threads()
+    def _prepare(self, stack: ExitStack) -> None:
+        for device in self._devices:
+            device.check_in(DeviceState.RUNNING)
+        self._directory = self._options.journal or journal_directory()
+        self._rates = Rates(self._directory)
+        self._arrivals = stack.enter_context(
+            closing(Arrivals(self._address, self._options, self._cancellation, self._stranger))
+        )
+
+    def _work(self, stack: ExitStack) -> MigrationReport:
+        self._meet(stack)
+        begin = self._words.wait_for(Begin)
+        together([taker.resume for taker in self._takers], self._words.fail)
+        self._check()
+        self._send(Resuming())
+        self._load()
+        self._act(DestinationEvent.COMMITTED)
+        if not self._words.wait(lambda: self._words.said(Go) is not None, begin.lease_ns):
+            raise PeerError(f"{self._name} did not say GO within the lease")
+        with self._recorder.phase("resume", self._loaded):
+            self._act(DestinationEvent.GO)
+        self._act(DestinationEvent.RAN)
+        return self._part()
 
     def _stranger(self, text: str) -> None:
         self._recorder.remark(text)
@@ -254,8 +234,7 @@ class _Receiving:
             if isinstance(err, PeerError | CancelledError):
                 raise
             self._words.fail(err)  # ours: read on, so that the source hears of it
-            for taker in self._takers:
-                taker.drop()
+            self._stop_copying()
         return True
 
     def _heed(self, stream: int, message: Message) -> None:
@@ -272,37 +251,28 @@ class _Receiving:
 
     # The way.
 
-    def _take_over(self) -> MigrationReport:
-        begin = self._words.wait_for(Begin)
-        together([taker.resume for taker in self._takers], self._words.fail)
-        self._check()
-        self._say(Resuming())
+    def _load(self) -> None:
+        """Let the threads that read fill the devices, and commit them all."""
         with self._recorder.phase("load", self._loaded):
             self._words.wait(lambda: all(taker.is_ended for taker in self._takers))
         self._check()
+        if self._words.said(Stopping) is None:
+            raise PeerError(f"{self._name} ends a state without having stopped its devices")
         started_ns = time.monotonic_ns()
         with self._recorder.phase("commit", self._loaded):
             together([taker.commit for taker in self._takers], self._words.fail)
         self._commit_ns = time.monotonic_ns() - started_ns
         self._check()
-        self._act(DestinationEvent.COMMITTED)
-        if not self._words.wait(lambda: self._words.said(Go) is not None, begin.lease_ns):
-            raise PeerError(f"{self._name} did not say GO within the lease")
-        with self._recorder.phase("resume", self._loaded):
-            self._act(DestinationEvent.GO)
-        self._act(DestinationEvent.RAN)
-        return self._part()
 
     def _part(self) -> MigrationReport:
         """Wait for the source to part: what happens to it now changes nothing here."""
-        self._words.wait(lambda: self._words.said(Bye) is not None, FAREWELL_NS, heed=False)
+        self._await(Bye)
         if self._words.said(Bye) is None:
             self._recorder.remark(
                 "the source has not confirmed: should it be stopped and in doubt,"
                 f" vfiomig resolve {self._session.hex()} there"
             )
-        self.report = self._report()
-        return self.report
+        return self._report()
 
     def _keep_rates(self, bye: Bye) -> None:
         """Keep what this told of the devices, for the next estimate."""
@@ -317,11 +287,12 @@ class _Receiving:
             )
 
     def _act(self, event: DestinationEvent) -> None:
-        """Do what handover.py's table says. The place changes when its first act is done."""
         place, acts = handover.at_destination(self._place, event)
-        for act in acts:
-            self._do(act)
+
+        def arrive() -> None:
             self._place = place
+
+        self._perform(acts, arrive)
 
     def _do(self, act: Act) -> None:
         match act:
@@ -347,44 +318,38 @@ class _Receiving:
                 stopped_ns = self._ran_ns - self._words.heard_ns(Stopping)
                 self._say(Done(took_ns, self._commit_ns + took_ns, stopped_ns))
             case Act.RESET:
-                self._reset()
+                together([taker.undo for taker in self._takers], lambda _: None)
             case Act.RECORD_FORGETTING:
                 self._note("forgetting")
             case Act.RECORD_FORGOTTEN:
                 self._note("forgotten")
             case Act.SAY_NEVER_RAN:
-                states = tuple(state_text(device, self._recorder) for device in self._devices)
-                self._say(Left(never_ran=True, states=states))
+                self._has_never_run = True  # only now: a reset that fails may leave one running
             case _:
                 raise AssertionError(act)
 
-    def _record(self, event: str) -> None:
-        assert self._journal is not None
-        self._journal.record(event)
+    # The end of one that failed.
 
-    def _note(self, event: str) -> None:
-        """Record what is true whether it can be recorded or not."""
-        try:
-            if self._journal is not None:
-                self._journal.record(event)
-        except LocalIOError as err:
-            self._recorder.remark(f"{event} could not be recorded: {err}")
+    @property
+    def _is_over(self) -> bool:
+        return self._place in (Destination.RUNNING, Destination.FORGOTTEN)
 
-    # The end.
+    @property
+    def _is_held(self) -> bool:
+        return False
 
-    def _give_up(self, err: BaseException) -> None:
-        """Reset what was touched, tell the source, and say on err what both were left in."""
-        if self._place in (Destination.RUNNING, Destination.FORGOTTEN):
-            return
-        self._words.fail(err)
-        self._say(fail_of(err, self._phase))
-        self._restart_ears()
-        try:
-            self._act(DestinationEvent.FAILED)
-        except DeviceLostError as lost:
-            self._farewell(lost)
-            raise lost from err
-        self._farewell(err)
+    def _roll_back(self) -> None:
+        self._act(DestinationEvent.FAILED)
+
+    def _stop_copying(self) -> None:
+        for taker in self._takers:
+            taker.drop()
+
+    def _say_left(self, states: tuple[str, ...]) -> None:
+        self._say(Left(self._has_never_run, states))
+
+    def _note_states(self, err: MigrationError, here: str, there: str) -> None:
+        err.source_state, err.destination_state = there, here
 
     @property
     def _phase(self) -> str:
@@ -393,17 +358,6 @@ class _Receiving:
                 self._place, "resume"
             )
         return "hello"
-
-    def _restart_ears(self) -> None:
-        for taker in self._takers:
-            taker.drop()
-        self._wake.cancel()
-        inboxes = self._ears.join()  # a reset closes descriptors: not while they are written to
-        self._words.listen_again()
-        if self._words.lost is None:
-            for inbox in inboxes:
-                inbox.wake_on(self._last)
-                self._ears.listen(inbox, self._handle_last)
 
     def _handle_last(self, inbox: Inbox, header: FrameHeader) -> bool:
         if header.kind is Kind.MESSAGE:
@@ -416,45 +370,15 @@ class _Receiving:
             self._takers[header.stream].take(inbox, header)
         return True
 
-    def _farewell(self, err: BaseException) -> None:
-        if self._ears.are_open:
-            self._words.wait(lambda: self._words.said(Left) is not None, FAREWELL_NS, heed=False)
-        if isinstance(err, MigrationError):
-            states = [state_text(device, self._recorder) for device in self._devices]
-            there = states_text(self._words.said(Left))
-            err.source_state, err.destination_state = there, ", ".join(states)
-            err.actual, err.phase = self._devices[0].state_or_none(), err.phase or self._phase
-            unknown = "what became of the source is not known"
-            if self._outbox is None:
-                unknown = "no source has come"
-            err.aftermath = "; ".join((*states, f"there: {there}" if there else unknown))
-
-    def _reset(self) -> None:
-        together([taker.undo for taker in self._takers], lambda _: None)
-
-    def _check(self) -> None:
-        self._recorder.check()
-        self._words.check()
-
     def _loaded(self) -> int:
         return sum(taker.device_bytes for taker in self._takers)
 
-    def _send(self, message: Message) -> None:
-        assert self._outbox is not None
-        self._outbox.say(message)
-
-    def _say(self, message: Message) -> None:
-        """Say it if there is somebody to hear it; that nobody is there shows elsewhere."""
-        if self._outbox is not None:
-            with suppress(PeerError, CancelledError):
-                self._outbox.say(message)
-
     # The pulse, in threads of its own.
 
-    def _tick(self) -> None:
+    def _progress(self) -> MigrationProgress:
         status = self._words.said(Status)
-        event = MigrationProgress(
-            phase="load" if self._place is Destination.LOADING else self._place.name.lower(),
+        return MigrationProgress(
+            phase=self._phase,
             round=status.round if status else 0,
             device_bytes=self._loaded(),
             pending_bytes=status.pending_bytes if status else 0,
@@ -462,11 +386,6 @@ class _Receiving:
             expected_downtime_ns=status.expected_downtime_ns if status else 0,
             elapsed_ns=self._recorder.duration_ns,
         )
-        self._recorder.observe(event)
-        try:
-            self._recorder.check()
-        except BaseException as err:  # noqa: BLE001  the caller's own: it ends the work
-            self._words.fail(err)
 
     def _is_due(self) -> bool:
         return self._told != tuple(taker.device_bytes for taker in self._takers)
@@ -477,9 +396,8 @@ class _Receiving:
 
     def _on_cancel(self) -> None:
         if self._place in (Destination.LOADING, Destination.READY):
-            self._words.fail(CancelledError("cancelled", device=self._devices[0].name))
-            for taker in self._takers:
-                taker.drop()
+            self._cancel()
+            self._stop_copying()
 
     def _report(self) -> MigrationReport:
         bye, stopping_ns = self._words.said(Bye), self._words.heard_ns(Stopping)
@@ -516,12 +434,6 @@ class _Receiving:
             state_changes=tuple(self._recorder.state_changes),
             warnings=tuple(self._recorder.warnings),
         )
-
-    def _end_threads(self) -> None:
-        if hasattr(self, "_pulse"):
-            self._pulse.stop()
-        self._wake.cancel()
-        self._ears.join()
 
 
 def _median(band: Band | None) -> int:

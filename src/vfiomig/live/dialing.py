@@ -83,7 +83,7 @@ class Dialer:
 
     def _connect(self) -> Connection:
         if self._address.is_open:
-            return from_descriptors(self._address)
+            return from_descriptors(self._address, self._options.tls)
         return dial(
             self._address,
             tls=self._options.tls,

@@ -15,7 +15,7 @@ from vfiomig import errors
 from vfiomig.device import Device
 from vfiomig.errors import CancelledError, MigrationError, PeerError
 from vfiomig.live.link import Inbox
-from vfiomig.live.messages import Fail, Left, Marked, Message
+from vfiomig.live.messages import Fail, Marked, Message
 from vfiomig.live.wire import FrameHeader
 from vfiomig.recorder import Recorder
 from vfiomig.threads import start_thread
@@ -253,8 +253,3 @@ def state_text(device: Device, recorder: Recorder) -> str:
     if any(change.by == "reset" and change.device == device.name for change in changes):
         return f"{device.name} was reset and is {now}"
     return f"{device.name} is {now}"
-
-
-def states_text(left: Left | None) -> str:
-    """Return what the peer says its devices were left in, "" when it did not."""
-    return ", ".join(left.states) if left is not None else ""
