@@ -131,7 +131,7 @@ class Arrivals:
         if self._doorman is not None:
             self._doorman.join()
         while not self._joining.empty():
-            self._joining.get().connection.close()
+            self._joining.get().connection.abandon()
         if self._listener is not None:
             self._listener.close()
         self._end.close()

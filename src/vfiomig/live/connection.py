@@ -13,7 +13,13 @@ import struct
 import time
 from contextlib import suppress
 
-from vfiomig.errors import CancelledError, MigrationError, PeerError, UsageError
+from vfiomig.errors import (
+    AuthenticationError,
+    CancelledError,
+    MigrationError,
+    PeerError,
+    UsageError,
+)
 from vfiomig.fd import OwnedFd
 from vfiomig.live.address import Address
 from vfiomig.live.tls import LINGER_NS, Relay, TlsFiles, handshake, linger
@@ -71,6 +77,10 @@ class Connection:
         """Return what an OSError of a descriptor of this connection means."""
         if self._relay is not None and self._relay.failure is not None:
             reason = f"TLS broke off: {self._relay.failure}"
+            if "ALERT" in (getattr(self._relay.failure, "reason", "") or ""):
+                # In TLS 1.3 who dialed hears only now that its certificate was refused.
+                hint = "the other end does not trust this one's certificate, or there is none"
+                return AuthenticationError(f"{self.name}: {reason}", hint=hint)
         elif err.errno == errno.ETIMEDOUT:
             reason = "it says nothing any more"
         elif err.errno in (errno.ECONNRESET, errno.EPIPE):
@@ -78,6 +88,15 @@ class Connection:
         else:
             reason = err.strerror or str(err)
         return PeerError(f"{self.name}: {reason}", errno=err.errno)
+
+    def abandon(self) -> None:
+        """Close it at once: there is nothing that the other end should still get."""
+        if self._relay is not None:
+            self._relay.abort()
+        elif self._socket is not None:
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+        self.close()
 
     def close(self) -> None:
         """End the connection so that the peer gets all that was sent; waits for that, 2 s at most.
@@ -112,6 +131,8 @@ def dial(
     insecure), CancelledError once wake_fd is readable.
     """
     ends_ns = time.monotonic_ns() + timeout_ns
+    if tls is not None:
+        tls.context("client")  # files that cannot be used are found before anybody is bothered
     family, where = resolved(address, tls=tls, insecure=insecure)
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:

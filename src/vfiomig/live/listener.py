@@ -118,9 +118,9 @@ class Listener:
                 connection.secure(self._tls, None, ends_ns, self._end.fileno())
             greeting = read_greeting(connection, ends_ns, self._end.fileno())
         except CancelledError:
-            connection.close()
+            connection.abandon()
         except (MigrationError, OSError) as err:
-            connection.close()
+            connection.abandon()
             self._on_stranger(f"{who} was turned away: {err}")
         else:
             self._arrivals.put(Arrival(connection, greeting))
@@ -138,7 +138,7 @@ class Listener:
                 if os.path.samestat(os.lstat(self._path), self._node):
                     os.unlink(self._path)
         while not self._arrivals.empty():
-            self._arrivals.get().connection.close()
+            self._arrivals.get().connection.abandon()
         self._bell.close()
         self._end.close()
 

@@ -63,7 +63,11 @@ class Party(ABC):
             self._last = stack.enter_context(closing(Cancellation()))
             for device in self._devices:
                 stack.enter_context(device.observed(self._recorder.observe))
-            self._prepare(stack)
+            try:
+                self._prepare(stack)
+            except MigrationError as err:
+                self._tell_states(err)
+                raise
             try:
                 self.report = self._work(stack)
                 return self.report
@@ -183,14 +187,19 @@ class Party(ABC):
                     lambda: self._words.said(Left) is not None, FAREWELL_NS, heed=False
                 )
         if isinstance(err, MigrationError):
-            left = self._words.said(Left)
-            there = ", ".join(left.states) if left is not None else ""
-            self._note_states(err, ", ".join(states), there)
-            err.actual, err.phase = self._devices[0].state_or_none(), err.phase or self._phase
-            unknown = "what became of the other end is not known"
-            if self._outbox is None:
-                unknown = "the other end has had no part in it"
-            err.aftermath = "; ".join((*states, f"there: {there}" if there else unknown))
+            self._tell_states(err)
+
+    def _tell_states(self, err: MigrationError) -> None:
+        """Say on err what both ends were left in."""
+        states = [state_text(device, self._recorder) for device in self._devices]
+        left = self._words.said(Left)
+        there = ", ".join(left.states) if left is not None else ""
+        self._note_states(err, ", ".join(states), there)
+        err.actual, err.phase = self._devices[0].state_or_none(), err.phase or self._phase
+        unknown = "what became of the other end is not known"
+        if self._outbox is None:
+            unknown = "the other end has had no part in it"
+        err.aftermath = "; ".join((*states, f"there: {there}" if there else unknown))
 
     def _await(self, kind: type[Left | Bye]) -> None:
         """Wait for the peer's last words, for a while, whatever is wrong."""

@@ -196,10 +196,14 @@ class Relay:
     def join(self) -> None:
         """Wait until the last bytes have left, once the plain end was shut down; 2 s at most."""
         self._thread.join(LINGER_NS / 1e9)
-        if self._thread.is_alive():
-            with suppress(OSError):  # the peer does not read: what is left is lost
-                socket.socket.shutdown(self._secured, socket.SHUT_RDWR)
+        if self._thread.is_alive():  # the peer does not read: what is left is lost
+            self.abort()
             self._thread.join()
+
+    def abort(self) -> None:
+        """End the connection at once, whatever is still to be sent."""
+        with suppress(OSError):
+            socket.socket.shutdown(self._secured, socket.SHUT_RDWR)
 
     def _run(self) -> None:
         try:
