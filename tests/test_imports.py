@@ -23,7 +23,8 @@ LEVELS = [
     {"save", "load", "inspection", "lending", "backends.kernel"},
     # A session between two hosts: what is said, what carries it, one device, both ends.
     {"live"},
-    {"live.address", "live.wire", "live.handover", "live.tls"},
+    {"live.address", "live.wire", "live.handover", "live.relay"},
+    {"live.tls"},
     {"live.messages", "live.connection", "live.verdict", "live.options"},
     {"live.link", "live.listener", "live.record"},
     {"live.session", "live.journal"},

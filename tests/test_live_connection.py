@@ -4,6 +4,8 @@ import errno
 import os
 import socket
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from vfiomig import DeviceBusyError, LocalIOError, PeerError, UsageError
-from vfiomig.errors import CancelledError
+from vfiomig.errors import CancelledError, ResourceLimitError
 from vfiomig.live.address import Address, parse_address
-from vfiomig.live.connection import Connection, dial, from_descriptors
+from vfiomig.live.connection import Connection, dial, from_descriptors, reach
 from vfiomig.live.listener import MAX_HANDSHAKES, Arrival, Listener, read_greeting
 from vfiomig.live.wire import Greeting
 from vfiomig.worker import Cancellation
@@ -187,6 +189,50 @@ def test_a_name_that_does_not_resolve_says_so() -> None:
         dialed(Address("tcp", "nowhere.invalid", 1))
 
 
+def test_of_several_addresses_of_a_name_the_first_that_answers_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        found = [(socket.AF_INET6, ("::1", port)), (socket.AF_INET, ("127.0.0.1", port))]
+        with reach(found, "a name", time.monotonic_ns() + SECOND_NS, -1) as sock:
+            assert sock.getpeername() == ("127.0.0.1", port)
+    with pytest.raises(PeerError, match="a name: Connection refused"):
+        reach(found, "a name", time.monotonic_ns() + SECOND_NS, -1)
+
+
+# Both with a resolver that is asked and never answers; the second wait is cancelled from the start.
+SLOW = """
+import os
+from vfiomig.errors import MigrationError
+from vfiomig.live.address import Address
+from vfiomig.live.connection import dial
+wake_fd = os.eventfd(1)
+for timeout_ns, woken_by in ((50_000_000, -1), (60_000_000_000, wake_fd)):
+    try:
+        dial(Address("tcp", "slow.invalid", 1), tls=None, insecure=False, timeout_ns=timeout_ns,
+             wake_fd=woken_by)
+    except MigrationError as err:
+        print(type(err).__name__, err)
+"""
+
+
+def test_a_resolver_that_does_not_answer_is_given_up_in_time(tmp_path: Path) -> None:
+    (tmp_path / "resolv.conf").write_text("nameserver 127.9.9.9\noptions timeout:20 attempts:1\n")
+    mount = f'mount --bind {tmp_path}/resolv.conf /etc/resolv.conf || exit 77; exec "$@"'
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        try:
+            server.bind(("127.9.9.9", 53))
+        except OSError as err:
+            pytest.skip(f"cannot be a resolver: {err}")
+        words = ["unshare", "-m", "sh", "-c", mount, "sh", sys.executable, "-c", SLOW]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=15, check=False)
+    if done.returncode in (1, 77) and not done.stdout:
+        pytest.skip(f"cannot mount: {done.stderr}")
+    assert done.stdout.splitlines() == [
+        "PeerError tcp:slow.invalid:1: the host's name was not resolved in time",
+        "CancelledError cancelled",
+    ], done.stderr
+
+
 def test_a_socket_that_is_not_there_says_so(tmp_path: Path) -> None:
     with pytest.raises(PeerError, match="No such file"):
         dialed(Address("unix", path=f"{tmp_path}/x"))
@@ -266,6 +312,11 @@ def test_a_descriptor_must_be_a_stream_socket(tmp_path: Path) -> None:
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with near, far, pytest.raises(UsageError, match="no stream socket"):
         from_descriptors(Address("fd", fd=near.fileno()))
+    with socket.socket() as near, pytest.raises(UsageError, match="is not connected"):
+        from_descriptors(Address("fd", fd=near.fileno()))
+    server = socket.create_server(("127.0.0.1", 0))
+    with server, pytest.raises(UsageError, match="is not connected"):
+        from_descriptors(Address("fd", fd=server.fileno()))
 
 
 def test_a_descriptor_that_was_given_stays_the_callers() -> None:
@@ -319,5 +370,62 @@ def test_without_a_free_descriptor_it_waits_and_does_not_spin(
             resource.setrlimit(resource.RLIMIT_NOFILE, before_limits)
             next_of(listener).connection.abandon()
             first.close()
+
+    in_child(run)
+
+
+def test_without_a_free_thread_a_caller_is_turned_away_and_the_listener_goes_on(
+    in_child: Callable[[Callable[[], object]], None], refuse: Callable[[str, int, int], None]
+) -> None:
+    def run() -> None:
+        told: list[str] = []
+
+        def on_stranger(sentence: str) -> None:
+            told.append(sentence)
+            if len(told) == 1:  # too many: told by the thread that lets them in
+                for syscall in ("clone3", "clone"):
+                    refuse(syscall, -1, errno.EAGAIN)
+
+        address = Address("tcp", "127.0.0.1", 0)
+        listener = Listener(
+            address, tls=None, insecure=False, handshake_ns=60 * SECOND_NS, on_stranger=on_stranger
+        )
+        where = (listener.address.host, listener.address.port)
+        waiting = [socket.create_connection(where) for _ in range(MAX_HANDSHAKES + 1)]
+        wait_until(lambda: bool(told))
+        for sock in waiting:
+            sock.close()
+        wait_until(lambda: threading.active_count() == 2)
+        for _ in range(2):
+            before = len(told)
+            with socket.create_connection(where) as caller:
+                assert has_ended(caller.fileno())
+            wait_until(lambda count=before: len(told) > count)  # type: ignore[misc]
+            assert "could not be let in: can't start new thread" in told[-1]
+        listener.close()
+
+    in_child(run)
+
+
+def test_without_a_free_descriptor_both_ends_say_so(
+    in_child: Callable[[Callable[[], object]], None],
+) -> None:
+    def run() -> None:
+        import resource
+
+        first_free = os.open("/dev/null", os.O_RDONLY)
+        os.close(first_free)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        address = Address("tcp", "127.0.0.1", 0)
+        for free in range(3):  # of the three that a listener needs
+            resource.setrlimit(resource.RLIMIT_NOFILE, (first_free + free, limits[1]))
+            with pytest.raises(ResourceLimitError), listening(str(address)):
+                pass
+        resource.setrlimit(resource.RLIMIT_NOFILE, (first_free, limits[1]))
+        for host in ("127.0.0.1", "localhost"):  # a name takes descriptors to resolve
+            with pytest.raises(ResourceLimitError, match="Too many open files"):
+                dialed(address._replace(host=host))
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert os.open("/dev/null", os.O_RDONLY) == first_free  # nothing is left open
 
     in_child(run)

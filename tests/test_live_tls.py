@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from vfiomig.errors import AuthenticationError, PeerError
 from vfiomig.live.address import Address
 from vfiomig.live.connection import Connection, dial
 from vfiomig.live.listener import Arrival, Listener
-from vfiomig.live.tls import TlsFiles
+from vfiomig.live.tls import TlsFiles, handshake
 from vfiomig.live.wire import Greeting
 from vfiomig.worker import Cancellation
 
@@ -109,7 +110,8 @@ class Meeting:
     def dial(self, files: TlsFiles | None, host: str = "localhost") -> Connection:
         address = self.listener.address._replace(host=host)
         connection = dial(address, tls=files, insecure=False, timeout_ns=5 * SECOND_NS)
-        os.write(connection.out_fd, GREETING.encode())
+        with suppress(BrokenPipeError):  # refused already; reading tells why
+            os.write(connection.out_fd, GREETING.encode())
         return connection
 
     def arrival(self, timeout_ns: int = 5 * SECOND_NS) -> Arrival | None:
@@ -220,6 +222,35 @@ def test_a_host_of_another_name_is_refused(authority: Authority, directory: Path
         assert arrival is not None
         arrival.connection.abandon()
         near.close()
+
+
+def test_a_host_that_is_dialed_by_number_is_known_by_it_however_it_is_written(
+    authority: Authority,
+) -> None:
+    files = TlsFiles(authority.directory("DNS:there.example,IP:::1"))
+    listener = Listener(
+        Address("tcp", "::1", 0),
+        tls=files,
+        insecure=False,
+        handshake_ns=5 * SECOND_NS,
+        on_stranger=lambda _: None,
+    )
+    for host in ("::1", "0::0:1"):
+        address = listener.address._replace(host=host)
+        dial(address, tls=files, insecure=False, timeout_ns=5 * SECOND_NS).abandon()
+    listener.close()
+
+
+def test_a_certificate_that_the_listener_does_not_trust_is_told_to_the_dialer(
+    directory: Path, other_authority: Authority
+) -> None:
+    mixed = other_authority.directory()
+    (mixed / "ca-cert.pem").write_bytes((directory / "ca-cert.pem").read_bytes())
+    with Meeting(TlsFiles(directory)) as meeting:
+        failure = refused(lambda: meeting.dial(TlsFiles(mixed)))
+        assert isinstance(failure, AuthenticationError)
+        assert "unknown ca" in str(failure)
+        assert "does not trust" in failure.hint
 
 
 def test_a_dialer_who_is_not_on_the_list_is_turned_away(authority: Authority) -> None:
@@ -373,3 +404,51 @@ def pump(source: socket.socket, sink: socket.socket) -> None:
             sink.sendall(data)
     except OSError:
         return
+
+
+def test_a_peer_that_hangs_up_in_the_handshake_has_gone_and_is_no_impostor(
+    directory: Path,
+) -> None:
+    with Meeting(TlsFiles(directory)) as meeting:
+        where = (meeting.listener.address.host, meeting.listener.address.port)
+        socket.create_connection(where).close()
+        assert "went away during the TLS handshake" in meeting.await_stranger()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=hang_up, args=(server,))
+        thread.start()
+        address = Address("tcp", "localhost", server.getsockname()[1])
+        with pytest.raises(PeerError, match="went away during the TLS handshake") as caught:
+            dial(address, tls=TlsFiles(directory), insecure=False, timeout_ns=5 * SECOND_NS)
+        assert "is TLS on" in caught.value.hint
+        thread.join()
+
+
+def hang_up(server: socket.socket) -> None:
+    caller, _ = server.accept()
+    with caller:
+        caller.recv(1 << 16)
+
+
+def test_a_peer_that_has_gone_costs_no_time_while_nothing_is_to_be_done(directory: Path) -> None:
+    files = TlsFiles(directory)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=say_goodbye, args=(server, files))
+        thread.start()
+        address = Address("tcp", "localhost", server.getsockname()[1])
+        near = dial(address, tls=files, insecure=False, timeout_ns=5 * SECOND_NS)
+        thread.join()
+    assert os.read(near.in_fd, 1) == b""
+    os.write(near.out_fd, b"answered by a reset")
+    before = time.process_time()
+    threading.Event().wait(0.1)
+    assert time.process_time() - before < 0.03
+    near.abandon()
+
+
+def say_goodbye(server: socket.socket, files: TlsFiles) -> None:
+    """End a connection well, and be gone before the other end has."""
+    caller, _ = server.accept()
+    ends_ns = time.monotonic_ns() + 5 * SECOND_NS
+    secured, _ = handshake(caller, files, host=None, ends_ns=ends_ns, wake_fd=-1)
+    with secured, suppress(OSError):
+        secured.unwrap()

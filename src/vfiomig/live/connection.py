@@ -11,23 +11,32 @@ import socket
 import stat
 import struct
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
+from typing import TypeVar
 
 from vfiomig.errors import (
     AuthenticationError,
-    CancelledError,
+    LocalIOError,
     MigrationError,
     PeerError,
+    ResourceLimitError,
     UsageError,
 )
 from vfiomig.fd import OwnedFd
 from vfiomig.live.address import Address
-from vfiomig.live.tls import LINGER_NS, Relay, TlsFiles, handshake, linger
+from vfiomig.live.relay import LINGER_NS, Relay, is_ready, linger
+from vfiomig.live.tls import TlsFiles, handshake
+from vfiomig.threads import start_thread
 from vfiomig.transport import UNIX_BYTES, FdStream
 
 _UCRED = struct.Struct("=iII")  # struct ucred of include/linux/socket.h: pid, uid, gid
 # Ours, as the silence of a session: what was sent and not acknowledged for so long has no reader.
 _USER_TIMEOUT_MS = 10_000
+
+T = TypeVar("T")
+Where = tuple[socket.AddressFamily, object]
 
 
 class Connection:
@@ -59,7 +68,8 @@ class Connection:
         """Become standard input and output. Raises UsageError for a terminal, OSError."""
         if os.isatty(0) or os.isatty(1):
             raise UsageError("standard input and output are a terminal", hint="connect them")
-        self._in, self._out = OwnedFd(os.dup(0)), OwnedFd(os.dup(1))
+        self._in = OwnedFd(os.dup(0))
+        self._out = OwnedFd(os.dup(1))
         self._sink = FdStream(self._out.fileno(), "standard output", writing=True)
 
     def secure(self, files: TlsFiles, host: str | None, ends_ns: int, wake_fd: int) -> None:
@@ -128,43 +138,59 @@ def dial(
     """Connect to a listener, with TLS where files are given. Blocks for timeout_ns at most.
 
     Raises PeerError, AuthenticationError, UsageError (TCP beyond this host without TLS, unless
-    insecure), CancelledError once wake_fd is readable.
+    insecure), CancelledError once wake_fd is readable, and for this host LocalIOError,
+    ResourceLimitError.
     """
     ends_ns = time.monotonic_ns() + timeout_ns
     if tls is not None:
         tls.context("client")  # files that cannot be used are found before anybody is bothered
-    family, where = resolved(address, tls=tls, insecure=insecure)
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    found = resolved(address, ends_ns, wake_fd, tls=tls, insecure=insecure)
     try:
-        _connect(sock, where, str(address), ends_ns, wake_fd)
-        tune(sock)
+        sock = reach(found, str(address), ends_ns, wake_fd)
         connection = Connection(str(address), peer_of(sock), sock)
-    except BaseException:
-        sock.close()
-        raise
-    if tls is not None:
-        try:
-            connection.secure(tls, address.host or "localhost", ends_ns, wake_fd)
-        except MigrationError as err:
-            connection.close()
-            err.args = (f"{address}: {err}",)
-            raise
+        if tls is not None:
+            _secure(connection, tls, address, ends_ns, wake_fd)
+    except OSError as err:
+        raise local_failure(str(address), err) from err
     return connection
+
+
+def _secure(
+    connection: Connection, tls: TlsFiles, address: Address, ends_ns: int, wake_fd: int
+) -> None:
+    try:
+        connection.secure(tls, address.host or "localhost", ends_ns, wake_fd)
+    except MigrationError as err:
+        connection.close()
+        err.args = (f"{address}: {err}",)
+        raise
+
+
+def reach(found: Sequence[Where], name: str, ends_ns: int, wake_fd: int) -> socket.socket:
+    """Connect to the first address that answers. Each has its share of the time that is left."""
+    for left in range(len(found), 0, -1):
+        family, where = found[-left]
+        now_ns = time.monotonic_ns()
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            _connect(sock, where, name, now_ns + (ends_ns - now_ns) // left, wake_fd)
+            tune(sock)
+            return sock
+        except PeerError:
+            sock.close()
+            if left == 1:
+                raise
+        except BaseException:
+            sock.close()
+            raise
+    raise PeerError(f"{name}: there is no address to dial")
 
 
 def _connect(sock: socket.socket, where: object, name: str, ends_ns: int, wake_fd: int) -> None:
     sock.settimeout(0)
     number = sock.connect_ex(where)  # type: ignore[arg-type]
     if number == errno.EINPROGRESS:
-        waiter = select.poll()
-        waiter.register(sock.fileno(), select.POLLOUT)
-        if wake_fd >= 0:
-            waiter.register(wake_fd, select.POLLIN)
-        left_ms = max((ends_ns - time.monotonic_ns()) // 1_000_000, 0)
-        ready = [fd for fd, _ in waiter.poll(left_ms)]
-        if wake_fd in ready:
-            raise CancelledError("cancelled")
-        if not ready:
+        if not is_ready(sock.fileno(), select.POLLOUT, ends_ns, wake_fd):
             raise PeerError(f"{name}: nobody answered in time", errno=errno.ETIMEDOUT)
         number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if number:
@@ -174,29 +200,73 @@ def _connect(sock: socket.socket, where: object, name: str, ends_ns: int, wake_f
 
 
 def resolved(
-    address: Address, *, tls: TlsFiles | None, insecure: bool
-) -> tuple[socket.AddressFamily, object]:
-    """Return the family and the socket address. Raises PeerError, UsageError."""
+    address: Address, ends_ns: int, wake_fd: int = -1, *, tls: TlsFiles | None, insecure: bool
+) -> list[Where]:
+    """Return the families and socket addresses of an address, the best first, at least one.
+
+    Raises PeerError, UsageError, ResourceLimitError, CancelledError once wake_fd is readable.
+    """
     if address.scheme == "unix":
-        return socket.AF_UNIX, address.path
+        return [(socket.AF_UNIX, address.path)]
     if address.scheme == "vsock":
-        return socket.AF_VSOCK, (int(address.host), address.port)
-    try:
-        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as err:
-        reason = getattr(err, "strerror", None) or str(err)
-        raise PeerError(
-            f"{address}: {address.host} does not resolve: {reason}", hint="check the host's name"
-        ) from err
-    family, _, _, _, where = found[0]
-    is_local = ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback
-    if not (is_local or insecure or tls is not None):
+        return [(socket.AF_VSOCK, (int(address.host), address.port))]
+    found = _looked_up(address, ends_ns, wake_fd)
+    hosts = [ipaddress.ip_address(str(where[0]).partition("%")[0]) for _, where in found]
+    if not (all(host.is_loopback for host in hosts) or insecure or tls is not None):
         raise UsageError(
             f"{address} is not this host, and there is no TLS: whoever is on the way could read the"
             " state, and write another",
             hint="--tls-dir DIR; --insecure only where nobody else is on that network",
         )
-    return family, where
+    return [*found]
+
+
+def _looked_up(
+    address: Address, ends_ns: int, wake_fd: int
+) -> list[tuple[socket.AddressFamily, tuple[object, ...]]]:
+    ask = partial(socket.getaddrinfo, address.host, address.port, type=socket.SOCK_STREAM)
+    try:
+        with suppress(socket.gaierror):  # numbers need no resolver
+            return [(entry[0], entry[4]) for entry in ask(flags=socket.AI_NUMERICHOST)]
+        return [(entry[0], entry[4]) for entry in _asked(ask, str(address), ends_ns, wake_fd)]
+    except (socket.gaierror, UnicodeError) as err:
+        reason = getattr(err, "strerror", None) or str(err)
+        raise PeerError(
+            f"{address}: {address.host} does not resolve: {reason}", hint="check the host's name"
+        ) from err
+    except OSError as err:
+        raise local_failure(str(address), err) from err
+
+
+def _asked(ask: Callable[[], T], name: str, ends_ns: int, wake_fd: int) -> T:
+    """Ask the resolver, for a while. It cannot be called off: its thread is left to itself then."""
+    answers: list[T] = []
+    failures: list[OSError | UnicodeError] = []
+    done_fd, write_fd = os.pipe()
+
+    def work() -> None:
+        try:
+            answers.append(ask())
+        except (OSError, UnicodeError) as err:
+            failures.append(err)
+        finally:
+            os.close(write_fd)
+
+    with OwnedFd(done_fd):
+        thread = start_thread(work, "vfiomig resolver")
+        if not is_ready(done_fd, select.POLLIN, ends_ns, wake_fd):
+            raise PeerError(f"{name}: the host's name was not resolved in time")
+        thread.join()
+    if failures:
+        raise failures[0]
+    return answers[0]
+
+
+def local_failure(what: str, err: OSError) -> LocalIOError | ResourceLimitError:
+    """Return the error for a socket that this host does not give."""
+    few = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    kind = ResourceLimitError if err.errno in few else LocalIOError
+    return kind(f"{what}: {err.strerror or err}", errno=err.errno)
 
 
 def tune(sock: socket.socket) -> None:
@@ -253,6 +323,7 @@ def from_descriptors(address: Address, tls: TlsFiles | None = None) -> Connectio
     try:
         if sock.type != socket.SOCK_STREAM:
             raise UsageError(f"{address} is no stream socket")
+        sock.getpeername()  # ENOTCONN: there is nobody
         tune(sock)
         return Connection(str(address), peer_of(sock), sock)
     except OSError as err:

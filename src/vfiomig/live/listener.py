@@ -10,10 +10,11 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
-from vfiomig.errors import CancelledError, LocalIOError, MigrationError, PeerError
+from vfiomig.errors import CancelledError, MigrationError, PeerError
 from vfiomig.fd import OwnedFd
 from vfiomig.live.address import Address
-from vfiomig.live.connection import Connection, peer_of, resolved, tune
+from vfiomig.live.connection import Connection, local_failure, peer_of, resolved, tune
+from vfiomig.live.relay import is_ready
 from vfiomig.live.tls import TlsFiles
 from vfiomig.live.wire import GREETING_BYTES, Greeting, decode_greeting
 from vfiomig.threads import start_thread
@@ -48,7 +49,9 @@ class Listener:
         handshake_ns: int,
         on_stranger: Callable[[str], None],
     ) -> None:
-        """Listen. Raises UsageError, PeerError, LocalIOError, AuthenticationError."""
+        """Listen. Raises UsageError, PeerError, AuthenticationError, LocalIOError,
+        ResourceLimitError.
+        """
         self._tls, self._handshake_ns, self._on_stranger = tls, handshake_ns, on_stranger
         if tls is not None:
             tls.context("server")  # found out now, and not when somebody comes
@@ -56,8 +59,10 @@ class Listener:
         self._arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
         with ExitStack() as made:
             made.callback(self._end.close)
-            self._bell = made.enter_context(OwnedFd(os.eventfd(0, os.EFD_CLOEXEC)))
-            self._socket, self._node = _listen(address, tls=tls, insecure=insecure)
+            self._bell = made.enter_context(_bell())
+            ends_ns = time.monotonic_ns() + handshake_ns
+            where = resolved(address, ends_ns, tls=tls, insecure=insecure)[0]
+            self._socket, self._node = _listen(address, *where)
             self._path = address.path
             self.address = _bound(address, self._socket)
             made.pop_all()
@@ -105,7 +110,11 @@ class Listener:
             self._on_stranger(f"{peer_of(caller)}: too many are at the door")
             caller.close()
             return
-        self._busy.add(start_thread(lambda: self._meet(caller), "vfiomig handshake"))
+        try:
+            self._busy.add(start_thread(lambda: self._meet(caller), "vfiomig handshake"))
+        except RuntimeError as err:  # the limit of threads: the next one may be luckier
+            self._on_stranger(f"{peer_of(caller)} could not be let in: {err}")
+            caller.close()
 
     def _meet(self, caller: socket.socket) -> None:
         """Shake hands, and read the greeting: all of it within handshake_ns."""
@@ -149,15 +158,8 @@ def read_greeting(connection: Connection, ends_ns: int, wake_fd: int) -> Greetin
     Raises PeerError, CancelledError once wake_fd is readable.
     """
     data = b""
-    waiter = select.poll()
-    waiter.register(connection.in_fd, select.POLLIN)
-    waiter.register(wake_fd, select.POLLIN)
     while len(data) < GREETING_BYTES:
-        left_ms = (ends_ns - time.monotonic_ns()) / 1e6 if ends_ns else None
-        ready = [] if left_ms is not None and left_ms <= 0 else waiter.poll(left_ms)
-        if any(fd == wake_fd for fd, _ in ready):
-            raise CancelledError("cancelled")
-        if not ready:
+        if not is_ready(connection.in_fd, select.POLLIN, ends_ns, wake_fd):
             raise PeerError(f"{connection.name} did not greet in time")
         try:
             piece = os.read(connection.in_fd, GREETING_BYTES - len(data))
@@ -171,12 +173,21 @@ def read_greeting(connection: Connection, ends_ns: int, wake_fd: int) -> Greetin
     return decode_greeting(data, connection.name)
 
 
+def _bell() -> OwnedFd:
+    try:
+        return OwnedFd(os.eventfd(0, os.EFD_CLOEXEC))
+    except OSError as err:
+        raise local_failure("no eventfd", err) from err
+
+
 def _listen(
-    address: Address, *, tls: TlsFiles | None, insecure: bool
+    address: Address, family: socket.AddressFamily, where: object
 ) -> tuple[socket.socket, os.stat_result | None]:
     """Return the listening socket, and the node that a UNIX socket has made."""
-    family, where = resolved(address, tls=tls, insecure=insecure)
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as err:
+        raise local_failure(f"cannot listen at {address}", err) from err
     try:
         if address.scheme == "unix":
             from vfiomig.lending import bind_privately
@@ -191,9 +202,7 @@ def _listen(
         return sock, os.lstat(address.path) if address.scheme == "unix" else None
     except OSError as err:
         sock.close()
-        raise LocalIOError(
-            f"cannot listen at {address}: {err.strerror or err}", errno=err.errno
-        ) from err
+        raise local_failure(f"cannot listen at {address}", err) from err
     except BaseException:
         sock.close()
         raise

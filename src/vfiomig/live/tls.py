@@ -1,29 +1,19 @@
-"""TLS 1.3 between the two ends: both prove who they are, and the copy loop sees plain descriptors.
+"""TLS 1.3 between the two ends: the handshake, in which both prove who they are."""
 
-The session reads and writes one end of a UNIX socket pair; a thread of the relay is at the other
-end, and at the TLS socket. One thread, because an SSL object must not be used by two at once.
-"""
-
+import ipaddress
 import os
 import select
 import socket
 import stat
-import threading
-import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vfiomig.errors import AuthenticationError, CancelledError, PeerError
-from vfiomig.threads import start_thread
+from vfiomig.errors import AuthenticationError, PeerError
+from vfiomig.live.relay import is_ready
 
 if TYPE_CHECKING:
     import ssl
-
-_BUFFER_BYTES = 256 << 10
-# How long the end of a connection may take: the last bytes, and the peer's own end.
-LINGER_NS = 2_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +104,11 @@ def handshake(
             except ssl.SSLWantWriteError:
                 _await(secured, select.POLLOUT, ends_ns, wake_fd)
         return secured, _check_name(secured, files, host)
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as err:
+        secured.close()
+        raise PeerError(
+            "the other end went away during the TLS handshake", hint="is TLS on at both ends?"
+        ) from err
     except ssl.SSLError as err:
         secured.close()
         raise AuthenticationError(
@@ -129,27 +124,20 @@ def handshake(
 
 
 def _await(sock: socket.socket, events: int, ends_ns: int, wake_fd: int) -> None:
-    waiter = select.poll()
-    waiter.register(sock.fileno(), events)
-    if wake_fd >= 0:
-        waiter.register(wake_fd, select.POLLIN)
-    left_ms = (ends_ns - time.monotonic_ns()) // 1_000_000
-    ready = [fd for fd, _ in waiter.poll(left_ms)] if left_ms > 0 else []
-    if wake_fd in ready:
-        raise CancelledError("cancelled")
-    if not ready:
+    if not is_ready(sock.fileno(), events, ends_ns, wake_fd):
         raise PeerError("the TLS handshake was not over in time")
 
 
 def _check_name(secured: "ssl.SSLSocket", files: TlsFiles, host: str | None) -> str:
     names = _names(secured.getpeercert() or {})
     allowed = files.peers or ({host} if host is not None else set(names))
-    if not any(_fits(name, wanted) for name in names for wanted in allowed):
-        raise AuthenticationError(
-            f"the peer is {' or '.join(names) or 'nobody'}, and not {' or '.join(sorted(allowed))}",
-            hint="--tls-peer names who may be there, as its certificate does",
-        )
-    return names[0]
+    for name in names:
+        if any(_fits(name, wanted) for wanted in allowed):
+            return name
+    raise AuthenticationError(
+        f"the peer is {' or '.join(names) or 'nobody'}, and not {' or '.join(sorted(allowed))}",
+        hint="--tls-peer names who may be there, as its certificate does",
+    )
 
 
 def _names(certificate: dict[str, Any]) -> list[str]:
@@ -162,10 +150,18 @@ def _names(certificate: dict[str, Any]) -> list[str]:
 
 
 def _fits(name: str, wanted: str) -> bool:
-    name, wanted = name.lower(), wanted.lower()
+    name, wanted = _canonical(name), _canonical(wanted)
     if name.startswith("*."):  # one label, as RFC 6125 has it
         return wanted.partition(".")[2] == name[2:]
     return name == wanted
+
+
+def _canonical(name: str) -> str:
+    """Return a name as it can be compared: OpenSSL writes ::1 as 0:0:0:0:0:0:0:1."""
+    try:
+        return str(ipaddress.ip_address(name.partition("%")[0]))
+    except ValueError:
+        return name.lower()
 
 
 def _no_password() -> bytes:
@@ -174,134 +170,3 @@ def _no_password() -> bytes:
 
 def _reason(err: BaseException) -> str:
     return str(getattr(err, "verify_message", "") or getattr(err, "reason", "") or err)
-
-
-class Relay:
-    """Owns a TLS socket that has shaken hands, and the thread between it and fileno().
-
-    failure: what ended it, other than the two ends themselves; None before.
-    """
-
-    def __init__(self, secured: "ssl.SSLSocket") -> None:
-        self._secured = secured
-        self._near, self._far = socket.socketpair()
-        self._far.settimeout(0)
-        self.failure: Exception | None = None
-        self._thread: threading.Thread = start_thread(self._run, "vfiomig tls")
-
-    def detach(self) -> socket.socket:
-        """Return the plain end, which is then the caller's."""
-        return self._near
-
-    def join(self) -> None:
-        """Wait until the last bytes have left, once the plain end was shut down; 2 s at most."""
-        self._thread.join(LINGER_NS / 1e9)
-        if self._thread.is_alive():  # the peer does not read: what is left is lost
-            self.abort()
-            self._thread.join()
-
-    def abort(self) -> None:
-        """End the connection at once, whatever is still to be sent."""
-        with suppress(OSError):
-            socket.socket.shutdown(self._secured, socket.SHUT_RDWR)
-
-    def _run(self) -> None:
-        try:
-            self._relay()
-        except OSError as err:  # ssl.SSLError is one
-            self.failure = err
-        finally:
-            self._secured.close()
-            self._far.close()
-
-    def _relay(self) -> None:
-        outward, inward = _Pipe(), _Pipe()
-        while not (outward.has_ended and not outward.left):
-            self._wait(outward, inward)
-            inward.fill(self._secured.recv_into)
-            inward.drain(self._far.send)
-            if inward.has_ended and not inward.left and not inward.is_passed_on:
-                inward.is_passed_on = True
-                with suppress(OSError):
-                    self._far.shutdown(socket.SHUT_WR)
-            outward.fill(self._far.recv_into)
-            outward.drain(self._secured.send)
-        self._part()
-
-    def _wait(self, outward: "_Pipe", inward: "_Pipe") -> None:
-        if inward.wants_more and self._secured.pending():
-            return
-        waiter = select.poll()
-        plain = select.POLLIN * outward.wants_more | select.POLLOUT * bool(inward.left)
-        secured = select.POLLIN * inward.wants_more | select.POLLOUT * bool(outward.left)
-        waiter.register(self._far.fileno(), plain)
-        waiter.register(self._secured.fileno(), secured)
-        waiter.poll()
-
-    def _part(self) -> None:
-        """Say that this was all, and wait a little until the peer has taken it."""
-        ends_ns = time.monotonic_ns() + LINGER_NS
-        with suppress(OSError, ValueError):
-            self._secured.unwrap()  # says close_notify; the answer is not waited for
-        linger(self._secured, ends_ns)
-
-
-class _Pipe:
-    """One direction of a relay: at most one buffer of bytes that were read and not yet written."""
-
-    def __init__(self) -> None:
-        self._memory = memoryview(bytearray(_BUFFER_BYTES))
-        self._start = self._end = 0
-        self.has_ended = self.is_passed_on = False
-
-    @property
-    def left(self) -> int:
-        """Bytes that are still to be written."""
-        return self._end - self._start
-
-    @property
-    def wants_more(self) -> bool:
-        """Whether it has room, and more may come."""
-        return not self.left and not self.has_ended
-
-    def fill(self, receive: Any) -> None:  # noqa: ANN401  recv_into of either socket
-        """Read what is there, while there is room: TLS gives at most 16 KiB a call."""
-        if not self.wants_more:
-            return
-        self._start = self._end = 0
-        while self._end < _BUFFER_BYTES and not self.has_ended:
-            got = _if_ready(lambda: receive(self._memory[self._end :]))
-            if got is None:
-                return
-            self.has_ended = got == 0
-            self._end += got
-
-    def drain(self, send: Any) -> None:  # noqa: ANN401  send of either socket
-        """Write once, if there is something to write and room for it."""
-        if self.left:
-            self._start += _if_ready(lambda: send(self._memory[self._start : self._end])) or 0
-
-
-def _if_ready(call: Any) -> int | None:  # noqa: ANN401
-    import ssl
-
-    try:
-        return int(call())
-    except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-        return None
-
-
-def linger(sock: socket.socket, ends_ns: int) -> None:
-    """End a connection so that the peer gets all that was sent: read on until it ends as well.
-
-    A close with bytes unread would be a reset, which takes what was sent from the peer (tcp(7)).
-    """
-    raw = socket.socket(fileno=os.dup(sock.fileno()))
-    with raw, suppress(OSError):
-        raw.settimeout(0)
-        raw.shutdown(socket.SHUT_WR)
-        waiter = select.poll()
-        waiter.register(raw.fileno(), select.POLLIN)
-        while (left_ms := (ends_ns - time.monotonic_ns()) // 1_000_000) > 0:
-            if waiter.poll(left_ms) and not raw.recv(_BUFFER_BYTES):
-                return
