@@ -429,3 +429,15 @@ def test_without_a_free_descriptor_both_ends_say_so(
         assert os.open("/dev/null", os.O_RDONLY) == first_free  # nothing is left open
 
     in_child(run)
+
+
+def test_an_end_of_another_version_and_ours_both_say_why() -> None:
+    newer = Greeting(b"0123456789abcdef", 0, 1, version=7, oldest=2)
+    with listening("tcp::0") as (listener, strangers):
+        near = dialed(listener.address)
+        os.write(near.out_fd, newer.encode())
+        answer = os.read(near.in_fd, 64)
+        assert int.from_bytes(answer[8:12], "little") == 1
+        near.close()
+        wait_until(lambda: bool(strangers))
+        assert "speaks versions 2 to 7" in strangers[0]

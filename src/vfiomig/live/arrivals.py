@@ -1,18 +1,21 @@
 """Who comes to a destination: the source, its further connections, and who is turned away."""
 
 import queue
+import select
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 
 from vfiomig.errors import CancelledError, DeviceBusyError, MigrationError, PeerError
 from vfiomig.live import wire
 from vfiomig.live.address import Address
 from vfiomig.live.connection import Connection, from_descriptors
 from vfiomig.live.link import Inbox, Outbox
-from vfiomig.live.listener import Arrival, Listener, read_greeting
+from vfiomig.live.listener import MAX_HANDSHAKES, Arrival, Listener, read_greeting
 from vfiomig.live.options import ReceiveOptions
+from vfiomig.live.relay import is_ready
 from vfiomig.live.session import fail_of
 from vfiomig.live.wire import Greeting
 from vfiomig.threads import start_thread
@@ -40,15 +43,19 @@ class Arrivals:
         self._joining: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
         self._session, self._token, self._missing = b"", b"", set[int]()
         self._listener: Listener | None = None
-        if not address.is_open:
-            self._listener = Listener(
-                address,
-                tls=options.tls,
-                insecure=options.insecure,
-                handshake_ns=options.handshake_ns,
-                on_stranger=on_stranger,
-            )
-            self.address = self._listener.address
+        self._turning: list[threading.Thread] = []
+        with ExitStack() as made:
+            made.callback(self._end.close)
+            if not address.is_open:
+                self._listener = Listener(
+                    address,
+                    tls=options.tls,
+                    insecure=options.insecure,
+                    handshake_ns=options.handshake_ns,
+                    on_stranger=on_stranger,
+                )
+                self.address = self._listener.address
+            made.pop_all()
         self._doorman: threading.Thread | None = None
 
     def first(self, stack: ExitStack, wait_ns: int) -> tuple[Connection, Greeting]:
@@ -56,8 +63,11 @@ class Arrivals:
         if self._listener is None:
             connection = from_descriptors(self.address, self._options.tls)
             stack.callback(connection.close)
-            ends_ns = time.monotonic_ns() + wait_ns if wait_ns else 0
-            return connection, read_greeting(connection, ends_ns, self._cancellation.fileno())
+            ends_ns, wake_fd = time.monotonic_ns() + wait_ns, self._cancellation.fileno()
+            if not is_ready(connection.in_fd, select.POLLIN, ends_ns if wait_ns else 0, wake_fd):
+                raise PeerError(f"no source came to {self.address} in time")
+            ends_ns = time.monotonic_ns() + self._options.handshake_ns
+            return connection, read_greeting(connection, ends_ns, wake_fd)
         ends_ns = time.monotonic_ns() + wait_ns
         while True:
             left_ns = max(ends_ns - time.monotonic_ns(), 1) if wait_ns else 0
@@ -96,7 +106,12 @@ class Arrivals:
                     self._missing.discard(greeting.index)
                     self._joining.put(arrival)
                 else:
-                    self._turn_away(arrival)
+                    self._turning = [thread for thread in self._turning if thread.is_alive()]
+                    if len(self._turning) < MAX_HANDSHAKES:
+                        job = partial(self._turn_away, arrival)
+                        self._turning.append(start_thread(job, "vfiomig refusal"))
+                    else:
+                        arrival.connection.abandon()
 
     def _turn_away(self, arrival: Arrival) -> None:
         """Say that another migration is at work, once its hello is read: else it might be lost."""
@@ -130,6 +145,8 @@ class Arrivals:
         self._end.cancel()
         if self._doorman is not None:
             self._doorman.join()
+        for thread in self._turning:
+            thread.join()
         while not self._joining.empty():
             self._joining.get().connection.abandon()
         if self._listener is not None:

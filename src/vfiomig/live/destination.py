@@ -112,6 +112,8 @@ class _Receiving(Party):
     def _work(self, stack: ExitStack) -> MigrationReport:
         self._meet(stack)
         begin = self._words.wait_for(Begin)
+        if not begin.lease_ns:  # it would be one without an end
+            raise PeerError(f"{self._name} begins with a lease of no time")
         together([taker.resume for taker in self._takers], self._words.fail)
         self._check()
         self._send(Resuming())
@@ -147,8 +149,9 @@ class _Receiving(Party):
             closing(Journal.create(self._directory, self._session.hex(), Role.DESTINATION, facts))
         )
         token = new_id()
-        self._outbox.say(self._own_hello(token))
+        # First: who hears the token may be at the door before say() has returned.
         self._arrivals.expect(self._session, token, greeting.count)
+        self._outbox.say(self._own_hello(token))
         inboxes = [inbox]
         for other, its in self._arrivals.others(stack, greeting.count - 1):
             self._answer(stack, other, its)
@@ -258,6 +261,8 @@ class _Receiving(Party):
         self._check()
         if self._words.said(Stopping) is None:
             raise PeerError(f"{self._name} ends a state without having stopped its devices")
+        if self._words.said(Go) is not None:
+            raise PeerError(f"{self._name} says GO before anything is ready")
         started_ns = time.monotonic_ns()
         with self._recorder.phase("commit", self._loaded):
             together([taker.commit for taker in self._takers], self._words.fail)

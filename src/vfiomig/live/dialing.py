@@ -1,18 +1,18 @@
 """The source's beginning: its connections, greetings both ways, and who is at the other end."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
 from vfiomig._version import __version__
 from vfiomig.device import Device
-from vfiomig.errors import PeerError
+from vfiomig.errors import MigrationError, PeerError
 from vfiomig.framing.manifest import DeviceEntry
 from vfiomig.live import wire
 from vfiomig.live.address import Address
 from vfiomig.live.connection import Connection, dial, from_descriptors
 from vfiomig.live.link import Inbox, Outbox
-from vfiomig.live.messages import Fail, Hello
+from vfiomig.live.messages import Fail, Hello, Left
 from vfiomig.live.options import SendOptions
 from vfiomig.live.session import peer_failed
 from vfiomig.live.wire import Greeting, Kind
@@ -107,12 +107,22 @@ def _hear_hello(inbox: Inbox, name: str, devices: int) -> Hello:
     header = inbox.header()
     message = inbox.message(header) if header.kind is Kind.MESSAGE else None
     if isinstance(message, Fail):
-        raise peer_failed(message, name)
+        raise _refused(inbox, message, name)
     if not isinstance(message, Hello):
         raise PeerError(f"{name} did not answer with its hello")
     if len(message.devices) != devices:
         raise PeerError(f"{name} answers with {len(message.devices)} devices, not {devices}")
     return message
+
+
+def _refused(inbox: Inbox, fail: Fail, name: str) -> MigrationError:
+    """Return the peer's refusal, with what it says of its devices, if it does."""
+    error = peer_failed(fail, name)
+    with suppress(MigrationError):
+        last = inbox.message(inbox.header())
+        if isinstance(last, Left):
+            error.destination_state = ", ".join(last.states)
+    return error
 
 
 def _token(hello: Hello, name: str) -> bytes:

@@ -6,6 +6,7 @@ Every stream has its own numbers and its own chain of checksums; whole frames of
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable
 
 from vfiomig._fastcopy import Digest, FrameWriter, Outcome, StreamReader, Template, Turns, xxh3_64
@@ -27,6 +28,7 @@ class Outbox:
         """Borrow connection. last: ends what is said even where the peer does not read."""
         self._connection, self._session, self._from_source = connection, session, from_source
         self._turns, self._speaking = Turns(), threading.Lock()
+        self._since_ns = 0
         self._control = self.writer(CONTROL, wire.MAX_MESSAGE_BYTES, last)
         self._template = wire.template(Kind.MESSAGE, CONTROL)
 
@@ -64,7 +66,17 @@ class Outbox:
         Raises PeerError; CancelledError when last ended it.
         """
         with self._speaking:
-            self._put(self._control, self._template, messages.encode(message))
+            self._since_ns = time.monotonic_ns()
+            try:
+                self._put(self._control, self._template, messages.encode(message))
+            finally:
+                self._since_ns = 0
+
+    @property
+    def stuck_ns(self) -> int:
+        """How long what is being said has found no room; 0: nothing is. From any thread."""
+        since_ns = self._since_ns
+        return time.monotonic_ns() - since_ns if since_ns else 0
 
     def say_in(self, writer: FrameWriter, stream: int, message: Message) -> None:
         """Say something in the stream of a device, behind what was copied; by its own thread."""
@@ -145,8 +157,11 @@ class Inbox:
         if stream != CONTROL and stream >= self._devices:
             raise PeerError(f"{self._connection.name}: a frame of device {stream}: there is none")
         self._turn_to(stream)
-        reader = self._reader
-        return wire.decode_header(data, self._connection.name, reader.sequence, reader.chain)
+        reader, name = self._reader, self._connection.name
+        header = wire.decode_header(data, name, reader.sequence, reader.chain)
+        if stream == CONTROL and header.kind in (Kind.DATA, Kind.ZEROS):
+            raise PeerError(f"{name}: a frame of state, and of no device")
+        return header
 
     def message(self, header: FrameHeader) -> Message:
         """Take the message of this header, the one that header() returned. Raises PeerError."""

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
-from vfiomig.errors import CancelledError, MigrationError, PeerError
+from vfiomig.errors import CancelledError, MigrationError, PeerError, StreamMismatchError
 from vfiomig.fd import OwnedFd
 from vfiomig.live.address import Address
 from vfiomig.live.connection import Connection, local_failure, peer_of, resolved, tune
 from vfiomig.live.relay import is_ready
 from vfiomig.live.tls import TlsFiles
-from vfiomig.live.wire import GREETING_BYTES, Greeting, decode_greeting
+from vfiomig.live.wire import GREETING_BYTES, SESSION_BYTES, Greeting, decode_greeting
 from vfiomig.threads import start_thread
 from vfiomig.worker import Cancellation
 
@@ -128,6 +128,12 @@ class Listener:
             greeting = read_greeting(connection, ends_ns, self._end.fileno())
         except CancelledError:
             connection.abandon()
+        except StreamMismatchError as err:
+            # A greeting of ours lets the other end say the same sentence, of us.
+            with suppress(OSError):
+                os.write(connection.out_fd, Greeting(bytes(SESSION_BYTES)).encode())
+            connection.close()
+            self._on_stranger(f"{who} was turned away: {err}")
         except (MigrationError, OSError) as err:
             connection.abandon()
             self._on_stranger(f"{who} was turned away: {err}")

@@ -7,6 +7,7 @@ may be missing, so that later versions may add some; an unknown type is an error
 import json
 from typing import Any, NamedTuple, get_type_hints
 
+from vfiomig.errors import ResourceLimitError
 from vfiomig.framing import strict_json
 from vfiomig.framing.manifest import DeviceEntry, decode_entry, entry_values
 from vfiomig.live.wire import MAX_MESSAGE_BYTES
@@ -156,12 +157,18 @@ _HINTS = {kind: get_type_hints(kind) for kind in _KINDS.values()}
 
 
 def encode(message: Message) -> bytes:
-    """Return a message as JSON in UTF-8."""
+    """Return a message as JSON in UTF-8. Raises ResourceLimitError for one that is too long."""
     fields: dict[str, object] = dict(message._asdict())
     if isinstance(message, Hello):
         fields["devices"] = [entry_values(entry) for entry in message.devices]
     name = type(message).__name__.lower()
-    return json.dumps({"type": name, **fields}, separators=(",", ":")).encode()
+    data = json.dumps({"type": name, **fields}, separators=(",", ":")).encode()
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ResourceLimitError(
+            f"{name} has {len(data)} bytes, and a message at most {MAX_MESSAGE_BYTES}",
+            hint="send fewer devices in one session",
+        )
+    return data
 
 
 def decode(data: bytes) -> Message:

@@ -10,7 +10,6 @@ from vfiomig.errors import (
     DeviceLostError,
     LocalIOError,
     MigrationError,
-    PeerError,
 )
 from vfiomig.live.address import Address
 from vfiomig.live.handover import Act
@@ -69,7 +68,7 @@ class Party(ABC):
                 self._tell_states(err)
                 raise
             try:
-                self.report = self._work(stack)
+                self.report = self._worked(stack)
                 return self.report
             except BaseException as err:
                 self._give_up(err)
@@ -81,6 +80,13 @@ class Party(ABC):
                     self._pulse.stop()
                 self._wake.cancel()
                 self._ears.join()
+
+    def _worked(self, stack: ExitStack) -> MigrationReport:
+        try:
+            return self._work(stack)
+        except CancelledError:
+            self._check()  # who was woken does not know why
+            raise
 
     @abstractmethod
     def _prepare(self, stack: ExitStack) -> None:
@@ -156,6 +162,8 @@ class Party(ABC):
         """Roll back, tell the peer, and say on err what both ends were left in."""
         if self._is_over:
             return
+        if isinstance(err, MigrationError):
+            err.phase = err.phase or self._phase  # the roll-back is another
         self._words.fail(err)
         if not self._is_held:
             self._say(fail_of(err, self._phase))
@@ -193,7 +201,8 @@ class Party(ABC):
         """Say on err what both ends were left in."""
         states = [state_text(device, self._recorder) for device in self._devices]
         left = self._words.said(Left)
-        there = ", ".join(left.states) if left is not None else ""
+        # A refusal at the very beginning brings it along: nobody listened yet.
+        there = ", ".join(left.states) if left is not None else err.destination_state
         self._note_states(err, ", ".join(states), there)
         err.actual, err.phase = self._devices[0].state_or_none(), err.phase or self._phase
         unknown = "what became of the other end is not known"
@@ -220,7 +229,7 @@ class Party(ABC):
     def _say(self, message: Message) -> None:
         """Say it if there is somebody to hear it; that nobody is there shows elsewhere."""
         if self._outbox is not None:
-            with suppress(PeerError, CancelledError):
+            with suppress(MigrationError):  # over TLS it may be an AuthenticationError
                 self._outbox.say(message)
 
     @abstractmethod
@@ -228,12 +237,25 @@ class Party(ABC):
         """Return where the session stands; in any thread."""
 
     def _tick(self) -> None:
-        """Tell where the session stands; in the thread of the pulse."""
+        """Tell where the session stands, and notice a peer that has gone; in the pulse's thread."""
+        lost = self._words.lost
+        has_gone = lost is not None and not isinstance(lost, CancelledError)  # our own doing
+        if has_gone or self._is_stuck():
+            # Who waits for it to read must not wait for ever: of a peer that hangs, a socket tells
+            # nothing.
+            self._wake.cancel()
+            self._last.cancel()
         self._recorder.observe(self._progress())
         try:
             self._recorder.check()
         except BaseException as err:  # noqa: BLE001  the caller's own: it ends the work
             self._words.fail(err)
+
+    def _is_stuck(self) -> bool:
+        """Whether this goes no further, and the peer does not even read that it does not."""
+        if self._words.failure is None or self._outbox is None or self._is_held:
+            return False
+        return self._outbox.stuck_ns >= FAREWELL_NS
 
     def _cancel(self) -> None:
         self._words.fail(CancelledError("cancelled", device=self._devices[0].name))

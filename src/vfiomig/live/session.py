@@ -127,7 +127,8 @@ class Words:
                 left_ns = ends_ns - time.monotonic_ns() if timeout_ns else BEAT_NS
                 if left_ns <= 0:
                     return False
-                self._changed.wait(left_ns / 1e9)
+                # A peer may ask for more than a lock can be told to wait.
+                self._changed.wait(min(left_ns, BEAT_NS) / 1e9)
             return True
 
     def wait_for(self, kind: type[M], timeout_ns: int = 0) -> M:
@@ -138,7 +139,11 @@ class Words:
 
 
 class Ears:
-    """The threads that read connections: each until handle() returns False, or the peer is lost."""
+    """The threads that read connections: each until handle() returns False, or the peer is lost.
+
+    The one that is listened to first carries the peer's words. The end of another is a failure, but
+    its last words are still to come: it need not be the last one that ends.
+    """
 
     def __init__(self, words: Words) -> None:
         self._words = words
@@ -146,13 +151,14 @@ class Ears:
 
     def listen(self, inbox: Inbox, handle: Callable[[Inbox, FrameHeader], bool]) -> None:
         """Read a connection, in a thread of its own."""
+        told = self._words.fail if self._threads else self._words.lose
 
         def read() -> None:
             try:
                 while handle(inbox, inbox.header()):
                     pass
             except MigrationError as err:
-                self._words.lose(err)
+                told(err)
             except BaseException as err:  # noqa: BLE001  raised by the thread that works
                 self._words.fail(err)
 

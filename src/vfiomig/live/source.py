@@ -47,7 +47,7 @@ from vfiomig.live.session import (
     new_id,
     peer_failed,
 )
-from vfiomig.live.wire import FrameHeader, Kind
+from vfiomig.live.wire import CONTROL, FrameHeader, Kind
 from vfiomig.rates import Rates
 from vfiomig.report import (
     Connected,
@@ -188,14 +188,17 @@ class _Sending(Party):
             )
 
     def _handle(self, inbox: Inbox, header: FrameHeader) -> bool:
-        if header.kind is not Kind.MESSAGE:
-            raise PeerError(f"{self._address} sent {header.kind.name} to a source")
+        if header.kind is not Kind.MESSAGE or header.stream != CONTROL:
+            what = f"{header.kind.name} of stream {header.stream}"
+            raise PeerError(f"{self._address} sent {what} to a source")
         self._words.hear(inbox.message(header))
         return True
 
     # The way there.
 
     def _stop(self) -> None:
+        if self._words.said(Ready) is not None:
+            raise PeerError(f"{self._address} says READY before it has everything")
         expected = self._rounds.forecast.expected
         self._send(Stopping(expected.downtime_ns))
         self._recorder.observe(StoppingSoon(expected.downtime_ns, forecast_text(expected)))
@@ -219,6 +222,8 @@ class _Sending(Party):
     def _hand_over(self) -> Done:
         self._is_too_late = True
         self._check()  # the last moment to cancel
+        if self._words.said(Done) is not None:
+            raise PeerError(f"{self._address} says DONE, and was not told to run")
         self._act(SourceEvent.READY)
         self._words.wait(self._is_answered, heed=False)
         done = self._words.said(Done)

@@ -99,8 +99,13 @@ class Taker:
                 self.pre_copy_bytes += moved if header.flags & FrameFlag.PRE_COPY else 0
 
     def settle(self) -> None:
-        """Raise DeviceIOError for a write that the device refused and could not tell."""
-        if self._channel is not None and not self._dropping:
+        """Raise DeviceIOError for a write that the device refused and could not tell.
+
+        Raises PeerError where nothing was to come.
+        """
+        if self.is_ended or self._channel is None:
+            raise PeerError(f"a word on the state of {self.device.name} came when none was to come")
+        if not self._dropping:
             cause = self._channel.failure()
             if cause is not None:
                 raise refused(self.device, self._channel, cause, self.device_bytes) from cause
@@ -108,6 +113,8 @@ class Taker:
     def end(self, end: End) -> None:
         """Compare what came with what the source says it was. Raises PeerError."""
         self.settle()
+        if self._dropping:  # it has failed already, and what was dropped is not in the digest
+            return
         if (end.device_bytes, end.digest) != (self.device_bytes, self.digest):
             raise PeerError(
                 f"{self.device.name}: {self.device_bytes} bytes came, of digest {self.digest}; the"

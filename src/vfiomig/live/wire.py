@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from vfiomig._fastcopy import Template, xxh3_64
-from vfiomig.errors import PeerError
+from vfiomig.errors import PeerError, StreamMismatchError
 from vfiomig.framing import native
 from vfiomig.framing.native import FrameFlag
 
@@ -69,7 +69,10 @@ class Greeting:
 
 
 def decode_greeting(data: bytes, peer: str) -> Greeting:
-    """Check a greeting. peer: for messages. Raises PeerError: a stranger, damage, a version."""
+    """Check a greeting. peer: for messages. Raises PeerError: a stranger, or damage.
+
+    StreamMismatchError: there is no version that both speak.
+    """
     if len(data) < GREETING_BYTES or data[: len(MAGIC)] != MAGIC:
         raise PeerError(
             f"{peer} does not speak vfiomig's session protocol",
@@ -79,7 +82,7 @@ def decode_greeting(data: bytes, peer: str) -> Greeting:
     if xxh3_64(data[:-8]) != checksum:
         raise PeerError(f"the greeting of {peer} is damaged")
     if min(version, VERSION) < max(oldest, OLDEST):
-        raise PeerError(
+        raise StreamMismatchError(
             f"{peer} speaks versions {oldest} to {version} of the session protocol,"
             f" and this vfiomig {OLDEST} to {VERSION}",
             hint="install versions of vfiomig on both hosts that have one in common",
