@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,16 @@ class Run:
         return self.documents[-1]
 
 
+TYPES = {"progress", "transition", "warning", "frame", "result", "error"}
+OF_A_SESSION = {"listening", "connected", "stopping"}
+
+
 def documents(text: str) -> list[dict[str, Any]]:
     """Every line as JSON, checked for what each must have."""
     found = [json.loads(line) for line in text.splitlines()]
     for document in found:
         assert document["schema"] == 1
-        assert document["type"] in ("progress", "transition", "warning", "frame", "result", "error")
+        assert document["type"] in TYPES | OF_A_SESSION
         assert isinstance(document["command"], str)
     return found
 
@@ -75,9 +79,16 @@ def run_process(*words: object, stdin: bytes = b"", **environment: str) -> tuple
     return done.returncode, done.stdout, done.stderr
 
 
-def start(*words: object, **arguments: Any) -> "subprocess.Popen[bytes]":  # noqa: ANN401  Popen's
-    """Start the command as a process; arguments are Popen's. Use it with with."""
-    return subprocess.Popen([VFIOMIG, *map(str, words)], **arguments)
+def start(
+    *words: object,
+    prefix: Sequence[str] = (),
+    **arguments: Any,  # noqa: ANN401  Popen's
+) -> "subprocess.Popen[bytes]":
+    """Start the command as a process; arguments are Popen's. Use it with with.
+
+    prefix: a command that becomes this one, with its words.
+    """
+    return subprocess.Popen([*prefix, VFIOMIG, *map(str, words)], **arguments)
 
 
 def wait_for(

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 from vfiomig._version import __version__
-from vfiomig.cli.output import Output, stopped_by
+from vfiomig.cli.output import STOPPING, Output, stopped_by
 from vfiomig.errors import LocalIOError, MigrationError, UsageError
 
 # A module for each, imported only when its command runs.
@@ -58,7 +58,7 @@ exit codes:
 """
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_TYPED_ONLY = {"help", "insecure"}  # no file of settings may make what is sent readable
 _JSON_WORD = re.compile(r"--json|--pretty|-[qv]*[jp][jpqv]*")
 # argparse makes a formatter for each argument that is added. One without a width imports shutil,
 # and all archive formats with it, to ask the terminal: only a help needs that.
@@ -121,8 +121,7 @@ def _outcome(words: list[str], out: Output) -> int:
 
 def _told(out: Output, err: MigrationError) -> int:
     """Say what failed, on stderr if standard output is what fails. Returns the exit code."""
-    for number in _SIGNALS:  # it is over: a signal could only make the code untrue
-        signal.signal(number, signal.SIG_IGN)
+    out.settle()
     try:
         out.error(err)
         sys.stdout.flush()
@@ -168,7 +167,7 @@ def _take_signals() -> None:
             stopping.append(number)
             raise _Stopped(number)
 
-    for number in _SIGNALS:
+    for number in STOPPING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
             signal.signal(number, stop)
 
@@ -233,7 +232,7 @@ def _from_environment(parser: argparse.ArgumentParser) -> None:
     """Take VFIOMIG_SOME_OPTION as the default of --some-option."""
     for action in parser._actions:
         text = os.environ.get(f"VFIOMIG_{action.dest.upper()}")
-        if text is None or not action.option_strings or action.dest == "help":
+        if text is None or not action.option_strings or action.dest in _TYPED_ONLY:
             continue
         flag = action.nargs == 0
         if flag and text not in ("0", "1"):

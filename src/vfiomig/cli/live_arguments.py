@@ -1,16 +1,13 @@
-"""Options that send and receive share, and starting the other end through ssh."""
+"""What send and receive share: options, their URL, and what the one tells the other through ssh."""
 
 import argparse
-import os
-import shlex
-import socket
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 from pathlib import Path
 
 from vfiomig.cli import arguments
+from vfiomig.cli.output import Output
 from vfiomig.errors import UsageError
+from vfiomig.live.address import parse_address
 from vfiomig.live.options import DEFAULT_SILENCE_NS
 from vfiomig.live.tls import TlsFiles
 from vfiomig.options import DEFAULT_MAX_STATE_BYTES
@@ -53,7 +50,10 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         help="names the other end's certificate may bear (default: the host sent to; any sender)",
     )
     group.add_argument(
-        "--insecure", action="store_true", help="TCP beyond this host without TLS: anybody may read"
+        "--insecure",
+        action="store_true",
+        help="TCP beyond this host without TLS: anybody may read (to be typed: VFIOMIG_INSECURE is"
+        " passed over)",
     )
 
 
@@ -67,6 +67,17 @@ def tls_files(args: argparse.Namespace) -> TlsFiles | None:
     return TlsFiles(args.tls_dir, peers)
 
 
+def check_address(url: str, out: Output) -> None:
+    """Check the URL of a session. Where it is standard output, words go elsewhere.
+
+    Raises UsageError.
+    """
+    if parse_address(url).scheme == "stdio":
+        if sys.stdout.isatty() or sys.stdin.isatty():
+            raise UsageError("standard input and output are a terminal", hint="connect them")
+        out.results = sys.stderr
+
+
 def parse_via(text: str) -> str:
     """Return the host of ssh:HOST. Raises UsageError."""
     scheme, _, host = text.partition(":")
@@ -75,25 +86,18 @@ def parse_via(text: str) -> str:
     return host
 
 
-@contextmanager
-def other_end(host: str, devices: str, args: argparse.Namespace) -> Iterator[str]:
-    """Start `vfiomig receive` for devices (with commas) on a host. Yields the URL to send to.
+def receiver_words(devices: str, args: argparse.Namespace) -> list[str]:
+    """Return what `vfiomig receive` is to be told at the other end. devices: with commas.
 
-    VFIOMIG_SSH is the command to use instead of ssh, with its options.
+    Its journal and certificates are its own. Raises UsageError.
     """
-    words = ["vfiomig", "receive", *devices.split(","), "-", "--quiet"]
-    ssh = shlex.split(os.environ.get("VFIOMIG_SSH", "ssh"))
-    near, far = socket.socketpair()
-    with near, far:
-        try:
-            process = subprocess.Popen(
-                [*ssh, host, shlex.join(words)], stdin=far.fileno(), stdout=far.fileno()
-            )
-        except OSError as err:
-            raise UsageError(f"cannot run {ssh[0]}: {err.strerror}") from err
-        far.close()
-        with process:
-            try:
-                yield f"fd:{near.fileno()}"
-            finally:
-                near.close()
+    names = devices.split(",")
+    if not all(names):
+        raise UsageError(
+            f"{devices!r} does not name the devices there",
+            hint="with --via, URL is DEVICE,DEVICE,…: as many as here; %2C for a comma in a name",
+        )
+    if args.tls_dir is not None:
+        raise UsageError("--tls-dir and --via exclude each other: ssh has its own keys")
+    limits = ["--silence", f"{args.silence}ns", "--max-state", str(args.max_state)]
+    return ["--json", *limits, "--buffer", str(args.buffer), "--", *names, "-"]

@@ -11,6 +11,8 @@ from vfiomig.errors import MigrationError
 
 # Fields are only ever added within one number.
 SCHEMA = 1
+# The first of them ends the work.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Output:
@@ -25,6 +27,11 @@ class Output:
     def configure(self, *, json: bool, pretty: bool, quiet: bool, verbose: bool) -> None:
         """Take over the options, once they are parsed."""
         self.json, self.pretty, self.quiet, self.verbose = json or pretty, pretty, quiet, verbose
+
+    def settle(self) -> None:
+        """Take in that the work is done: a signal could only make the exit code untrue."""
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)
 
     def record(self, kind: str, values: Mapping[str, Any], stream: TextIO | None = None) -> None:
         """Print one JSON document: a line of its own, or indented when pretty."""

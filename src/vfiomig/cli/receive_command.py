@@ -11,15 +11,12 @@ examples:
 """
 
 import argparse
-import sys
 from contextlib import ExitStack
 
 from vfiomig.cli import arguments, live_arguments
 from vfiomig.cli.live_text import migration_text
 from vfiomig.cli.output import Output
 from vfiomig.cli.watch import Watch
-from vfiomig.errors import UsageError
-from vfiomig.live.address import parse_address
 from vfiomig.live.destination import receive
 from vfiomig.live.options import ReceiveOptions
 from vfiomig.options import DEFAULT_BUFFER_BYTES
@@ -60,10 +57,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     """Receive. Returns the exit code."""
     options = _options(args)
     options.check()
-    if parse_address(args.url).scheme == "stdio":
-        if sys.stdout.isatty() or sys.stdin.isatty():
-            raise UsageError("standard input and output are a terminal", hint="connect them")
-        out.results = sys.stderr
+    live_arguments.check_address(args.url, out)
     with ExitStack() as stack:
         devices = [stack.enter_context(arguments.opened(name, out)) for name in args.devices]
         for device in devices:
@@ -72,6 +66,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
                 device.reset()
         with Watch(out) as watch:
             report = receive(devices, args.url, options, on_event=watch)
+            out.settle()
             watch.finished(sum(moved.device_bytes for moved in report.devices))
         out.result(report.as_dict(), migration_text(report))
     return 0

@@ -12,19 +12,22 @@ examples:
 """
 
 import argparse
-import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 from vfiomig.cli import arguments, live_arguments
 from vfiomig.cli.live_text import migration_text
 from vfiomig.cli.output import Output
 from vfiomig.cli.watch import Watch
-from vfiomig.errors import UsageError
-from vfiomig.live.address import parse_address
+from vfiomig.device import Device
 from vfiomig.live.options import LIVE_PRE_COPY, SendOptions
 from vfiomig.live.source import check_devices, send
 from vfiomig.options import PreCopyLimits
 from vfiomig.quantities import format_size
+
+# With --via: ssh connects first, and may ask for a password.
+_SSH_NS = 300_000_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,28 +111,37 @@ def run(args: argparse.Namespace, out: Output) -> int:
     """Send. Returns the exit code."""
     options = _options(args)
     options.check()
+    words = live_arguments.receiver_words(args.url, args) if args.via is not None else []
+    if not words:
+        live_arguments.check_address(args.url, out)
     with ExitStack() as stack:
-        url = args.url
-        if args.via is not None:
-            url = stack.enter_context(live_arguments.other_end(args.via, args.url, args))
-        address = parse_address(url)
-        if address.scheme == "stdio":
-            if sys.stdout.isatty() or sys.stdin.isatty():
-                raise UsageError("standard input and output are a terminal", hint="connect them")
-            out.results = sys.stderr
         devices = [stack.enter_context(arguments.opened(name, out)) for name in args.devices]
+        check_devices(devices, options)
         if args.dry_run:
-            check_devices(devices, options)
-            sizes = [device.stop_copy_length() or 0 for device in devices]
-            out.result(
-                {"dry_run": True, "ready": True, "stop_copy_length": sizes},
-                f"would send {', '.join(args.devices)}: about {format_size(sum(sizes))}",
-            )
-            return 0
+            return _dry_run(devices, out)
+        url = args.url
+        if words:
+            from vfiomig.cli.far_end import receiver
+
+            url = stack.enter_context(receiver(args.via, words, out))
+            options = replace(options, handshake_ns=_SSH_NS)
         with Watch(out) as watch:
             report = send(devices, url, options, on_event=watch)
+            out.settle()
             watch.finished(sum(moved.device_bytes for moved in report.devices))
+    if words:
+        report = replace(report, peer=f"ssh:{args.via}")
     out.result(report.as_dict(), migration_text(report))
+    return 0
+
+
+def _dry_run(devices: Sequence[Device], out: Output) -> int:
+    sizes = [device.stop_copy_length() or 0 for device in devices]
+    names = ", ".join(device.name for device in devices)
+    out.result(
+        {"dry_run": True, "ready": True, "stop_copy_length": sizes},
+        f"would send {names}: about {format_size(sum(sizes))}",
+    )
     return 0
 
 
