@@ -3,9 +3,11 @@
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
+from kernel.live import Ends
 from kernel.mtty import DESTINATION, PORTS, SOURCE, Mtty, Port, state_bytes
 from kernel.streams import PIPE_BYTES, saved
 from vfiomig import ioctl
@@ -65,6 +67,12 @@ def small_destination(lab: list[Mtty]) -> Iterator[Mtty]:
 def stream(source: Mtty) -> bytes:
     """The state of source, with SOURCE in it, as a native stream."""
     return saved(source)
+
+
+@pytest.fixture
+def ends(tmp_path: Path) -> Ends:
+    """The commands send and receive."""
+    return Ends(tmp_path)
 
 
 @pytest.fixture
