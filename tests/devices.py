@@ -54,7 +54,9 @@ class Simulated(vfiomig.Device):
 
     def set_faults(self, *faults: str) -> None:
         """Let it fail so from now on."""
-        self._simulator._opening = parse_url("sim:?" + "&".join(f"fault={x}" for x in faults)).opening
+        self._simulator._opening = parse_url(
+            "sim:?" + "&".join(f"fault={x}" for x in faults)
+        ).opening
 
 
 @contextmanager

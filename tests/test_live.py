@@ -29,9 +29,7 @@ def test_the_state_of_every_profile_arrives_and_runs_there_alone(
         both.migrate(both.send_options(pre_copy=limits))
         both.check_moved()
         here, there = both.source.done, both.destination.done
-        assert [moved.digest for moved in here.devices] == [
-            moved.digest for moved in there.devices
-        ]
+        assert [moved.digest for moved in here.devices] == [moved.digest for moved in there.devices]
         assert here.devices[0].device_bytes == there.devices[0].device_bytes > 0
         copying = pre_copy and both.sources[0].identity.driver not in {
             f"sim:{name}" for name in WITHOUT_PRE_COPY
