@@ -120,8 +120,8 @@ def test_an_error_is_raised_where_it_is_awaited(tmp_path: Path) -> None:
         (tmp_path / "bad").write_bytes(b"no stream" * 1000)
         with pytest.raises(StreamMismatchError, match="neither a vfiomig stream"):
             await aio.load(tmp_path / "bad", device)
+        options = SendOptions(journal=tmp_path / "journal")
         with pytest.raises(PeerError):
-            options = SendOptions(journal=tmp_path / "journal")
             await aio.send([device], f"unix:{tmp_path}/nobody", options)
         assert device.state() is S.RUNNING
 

@@ -74,7 +74,8 @@ def test_a_stranger_at_the_port_is_told_of_and_changes_nothing(words: bytes, why
             stranger.sendall(words)
             stranger.shutdown(socket.SHUT_WR)
             told = receiver.wait_for(of_type("warning"))
-            assert stranger.recv(100) == b""
+            while stranger.recv(100):  # a newer one may be told which versions there are
+                pass
         assert re.search(f"was turned away: .*({why})", told["text"]), told
         assert '"state": "RUNNING"' in Path("there.sim").read_text()
         sent, received = send(HERE, where), receiver.ending()

@@ -272,6 +272,7 @@ def test_devices_that_do_not_fit_are_refused_with_what_differs(tmp_path: Path) -
             assert isinstance(failure, vfiomig.IncompatibleError)
             assert "driver is 'sim:qat', not 'sim:generic'" in str(failure)
             assert "--allow-mismatch driver" in failure.hint
+            assert failure.fields[0] == ("driver", "sim:generic", "sim:qat")
         assert both.destinations[0].state() is S.RUNNING
         assert len(both.destinations[0].history) == len(both.sources[0].history)
 

@@ -116,13 +116,17 @@ class Bye(NamedTuple):
 
 
 class Fail(NamedTuple):
-    """Both: it goes no further; each rolls back by its own rule. code: MigrationError's."""
+    """Both: it goes no further; each rolls back by its own rule. code: MigrationError's.
+
+    fields: of devices that do not fit, three texts for each field: its name, and both values.
+    """
 
     code: int
     error: str
     message: str
     hint: str
     phase: str
+    fields: tuple[str, ...] = ()
 
 
 class Left(NamedTuple):

@@ -48,7 +48,10 @@ def peer_failed(fail: Fail, who: str) -> MigrationError:
     """Return the error that the peer's Fail means here."""
     kind = _SHARED.get(fail.code, PeerError)
     hint = f"at the other end: {fail.hint}" if fail.hint else ""
-    return kind(f"{who}: {fail.message}", hint=hint)
+    error: MigrationError = kind(f"{who}: {fail.message}", hint=hint)
+    if isinstance(error, errors.IncompatibleError):
+        error.fields = tuple(zip(*(fail.fields[at::3] for at in range(3)), strict=False))
+    return error
 
 
 class Words:
@@ -247,8 +250,15 @@ def fail_of(err: BaseException, phase: str) -> Fail:
     """Return what the peer is told of an error here."""
     if not isinstance(err, MigrationError):
         return Fail(1, type(err).__name__, f"{type(err).__name__}: {err}"[:1000], "", phase)
-    fail = Fail(err.code, type(err).__name__, str(err)[:4000], err.hint[:1000], err.phase or phase)
-    return fail
+    fields = getattr(err, "fields", ())
+    return Fail(
+        err.code,
+        type(err).__name__,
+        str(err)[:4000],
+        err.hint[:1000],
+        err.phase or phase,
+        tuple(text[:100] for field in fields[:100] for text in field),
+    )
 
 
 def state_text(device: Device, recorder: Recorder) -> str:
