@@ -186,8 +186,8 @@ def test_options_that_cannot_work_are_refused_before_anything_is_done(tmp_path: 
                 vfiomig.send(both.sources, "fd:0", options)
         with pytest.raises(vfiomig.UsageError):
             vfiomig.receive(both.destinations, "fd:0", both.receive_options(buffer_bytes=1))
+        strange = both.receive_options(allow_mismatch=frozenset({"colour"}))
         with pytest.raises(vfiomig.UsageError, match="no such field"):
-            strange = both.receive_options(allow_mismatch=frozenset({"colour"}))
             vfiomig.receive(both.destinations, "fd:0", strange)
         with pytest.raises(vfiomig.UsageError, match="0 devices"):
             vfiomig.send([], "fd:0", both.send_options())

@@ -1,4 +1,4 @@
-"""A live migration that fails, at each step in turn: one side runs, and a second attempt succeeds."""
+"""A live migration that fails, at each step in turn: one side runs, and a second one succeeds."""
 
 import os
 import signal

@@ -8,8 +8,8 @@ cdef class StreamReader:
     payload is, and how much of that is still to come. device_bytes: bytes written to a
     device; zero_bytes: those of them that the stream did not carry. sequence, chain: of the next
     frame. failed_fd: the descriptor whose call raised the last OSError, or -1. silence_ns: how long
-    to wait for the next byte of a stream that may block, 0: for ever; then ETIMEDOUT. wake_fd may be
-    set between two calls.
+    to wait for the next byte of a stream that may block, 0: for ever; then ETIMEDOUT. wake_fd may
+    be set between two calls.
     """
     cdef unsigned char *buffer
     cdef size_t start, end

@@ -35,6 +35,9 @@ _UCRED = struct.Struct("=iII")  # struct ucred of include/linux/socket.h: pid, u
 # Ours, as the silence of a session: what was sent and not acknowledged for so long has no reader.
 _USER_TIMEOUT_MS = 10_000
 
+# Alerts of RFC 8446, 6.2, that say something of a certificate; others are of damage.
+_REFUSALS = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED", "HANDSHAKE_FAILURE")
+
 T = TypeVar("T")
 Where = tuple[socket.AddressFamily, object]
 
@@ -87,7 +90,8 @@ class Connection:
         """Return what an OSError of a descriptor of this connection means."""
         if self._relay is not None and self._relay.failure is not None:
             reason = f"TLS broke off: {self._relay.failure}"
-            if "ALERT" in (getattr(self._relay.failure, "reason", "") or ""):
+            told = getattr(self._relay.failure, "reason", "") or ""
+            if "ALERT" in told and any(word in told for word in _REFUSALS):
                 # In TLS 1.3 who dialed hears only now that its certificate was refused.
                 hint = "the other end does not trust this one's certificate, or there is none"
                 return AuthenticationError(f"{self.name}: {reason}", hint=hint)
