@@ -384,3 +384,10 @@ def test_an_exception_in_the_calling_thread_cancels(tmp_path: Path) -> None:
 def main_thread_sends(both: Ends, on_source: Callable[[Event], None]) -> None:
     assert threading.current_thread() is threading.main_thread()
     both.migrate(both.send_options(switch_on_limit=True), on_source=on_source)
+
+
+def test_a_session_that_nobody_has_heard_of_leaves_no_journal(tmp_path: Path) -> None:
+    with ends(tmp_path, URL) as both:
+        with pytest.raises(vfiomig.PeerError):
+            vfiomig.send(both.sources, f"unix:{tmp_path}/nobody", both.send_options())
+        assert list((tmp_path / "source").iterdir()) == []

@@ -13,7 +13,10 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_commands_and_the_library_example_run(tmp_path: Path) -> None:
-    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+        "VFIOMIG_JOURNAL": str(tmp_path / "journal"),
+    }
     lines = [line for block in blocks("console") for line in block.splitlines()]
     commands = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
     assert len(commands) >= 8

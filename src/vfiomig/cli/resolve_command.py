@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vfiomig.cli import arguments
+from vfiomig.cli import arguments, live_arguments
 from vfiomig.cli.output import Output, printable, table
 from vfiomig.cli.watch import Watch
 from vfiomig.errors import OutcomeUnknownError, PeerError, UsageError
@@ -30,13 +30,6 @@ from vfiomig.quantities import format_duration
 
 # A result is a few hundred bytes; what is at the other end of ssh may be anything.
 _LARGEST_ANSWER_BYTES = 1 << 20
-
-
-def _host(text: str) -> str:
-    scheme, _, host = text.partition(":")
-    if scheme != "ssh" or not host or host.startswith("-"):
-        raise UsageError(f"{text!r} is not ssh:HOST")
-    return host
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     words.add_argument(
         "--via",
-        type=arguments.typed(_host),
+        type=arguments.typed(live_arguments.parse_via),
         metavar="ssh:HOST",
         help="resolve it at the other side first, through ssh (VFIOMIG_SSH: the command)",
     )

@@ -108,6 +108,11 @@ class Journal:
             raise _failed(f"cannot write {event!r} into the journal {self.path}", err) from err
         self._end_bytes, self._chain, self._torn_bytes = end_bytes, chain, 0
 
+    def remove(self) -> None:
+        """Remove the file: nobody else has heard of the session. close() it as well."""
+        with suppress(OSError):  # then it stays, and says what is true
+            self.path.unlink()
+
     def close(self) -> None:
         """Give up the session. The file stays."""
         self._fd.close()

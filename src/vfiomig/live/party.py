@@ -174,6 +174,8 @@ class Party(ABC):
             self._farewell(lost)
             raise lost from err
         self._farewell(err)
+        if self._outbox is None and self._journal is not None:
+            self._journal.remove()
 
     def _restart_ears(self) -> None:
         """Let nobody copy any more, and listen on for the peer's last words."""
