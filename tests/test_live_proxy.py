@@ -220,8 +220,11 @@ def test_the_frames_of_a_session_are_these(place: Path, name: str) -> None:
     with no_leak(), opened(place, session) as both, Proxy() as proxy:
         migrate(both, session, proxy, LONG_NS)
         both.check_moved()
-    assert sorted(proxy.seen) == sorted(session.frames)
+    # On a busy machine the simulator's pipe gives shorter reads: then there are more of data.
     assert proxy.delivered >= set(session.frames)
+    extra = set(proxy.seen) - set(session.frames)
+    assert all(sender == SOURCE and name.startswith("data ") for sender, name in extra)
+    assert len(proxy.seen) == len(set(proxy.seen))
 
 
 @pytest.mark.parametrize(("wrong", "index"), [(Wrong.CUT, 0), (Wrong.CUT, 1), (Wrong.HALF, 1)])
