@@ -324,9 +324,10 @@ def test_a_pipe_that_blocks_is_written_without_a_thread(
     # Nothing could end a thread that waits there: close() would wait for ever.
     read_end, write_end = pipe()
     with read_end, write_end, filled(STATE) as src:
-        in_thread(lambda: drained(read_end.fileno()))
+        reader = in_thread(lambda: drained(read_end.fileno()))
         before = thread_ids()
         writer = FrameWriter(write_end.fileno(), BUFFER, ring_slots=4)
         writer.copy(src.fileno(), counted(), THREADED_FROM + BUFFER)
         assert thread_ids() == before
         write_end.close()
+        reader.join()
