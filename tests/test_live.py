@@ -37,6 +37,7 @@ def test_the_state_of_every_profile_arrives_and_runs_there_alone(
         assert bool(here.devices[0].pre_copy_bytes) == copying
         assert here.devices[0].pre_copy_bytes == there.devices[0].pre_copy_bytes
         assert here.devices[0].zero_bytes == there.devices[0].zero_bytes
+        assert there.stream_bytes > here.stream_bytes > 0
 
 
 @pytest.mark.parametrize("url", ["sim:?size=100001", "sim:?profile=pds", "sim:?profile=mtty"])

@@ -170,7 +170,9 @@ class MigrationReport:
     DONE. source_downtime_ns: from the same moment until the source heard of it.
     destination_downtime_ns: from hearing that the source stops to the last device RUNNING. All by
     CLOCK_MONOTONIC of one host each; None where the other end did not tell. expected_downtime_ns:
-    what was reckoned just before stopping. bytes_per_s: from end to end, while it was measured.
+    what was reckoned just before stopping. bytes_per_s: from end to end, while it was measured; 0
+    at the destination, which does not measure it. stream_bytes: of the frames of the devices
+    (source), of all frames (destination).
     """
 
     role: str

@@ -96,6 +96,7 @@ class _Receiving(Party):
         self._options, self._name = options, str(address)
         self._place = Destination.LOADING
         self._takers = [Taker(device, options.max_state_bytes) for device in devices]
+        self._inboxes: Sequence[Inbox] = ()
         self._told: tuple[int, ...] = ()
         self._ran_ns = self._commit_ns = 0
         self._has_never_run = False
@@ -218,6 +219,7 @@ class _Receiving(Party):
             self._on_cancel,
             lambda: None,  # nothing here is torn: what the source sends is read, and dropped
         )
+        self._inboxes = inboxes
         for inbox in inboxes:
             inbox.wake_on(self._wake)
             self._ears.listen(inbox, self._handle)
@@ -425,7 +427,7 @@ class _Receiving(Party):
             session=self._session.hex(),
             peer=self._name,
             devices=moved,
-            stream_bytes=0,
+            stream_bytes=sum(inbox.offset for inbox in self._inboxes),
             rounds=status.round if status else 0,
             duration_ns=self._recorder.duration_ns,
             downtime_ns=bye.downtime_ns if bye else None,
