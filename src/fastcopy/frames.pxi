@@ -42,15 +42,19 @@ cdef uint64_t _digested(Digest digest, const unsigned char *data, size_t count) 
 
 
 cdef void _frame_chunk(
-    Numbers *numbers, Template template, Slot *slot, size_t count, Digest digest, bint leave_holes
+    Numbers *numbers, Template template, Slot *slot, size_t count, Digest digest, bint leave_holes,
+    bint goes_on,
 ) noexcept nogil:
-    """Frame the chunk in slot: as one frame, or as one for each part that is zero or not."""
+    """Frame what of a chunk is in slot: as one frame, or one for each part that is zero or not.
+
+    goes_on: the chunk has more than that.
+    """
     cdef unsigned char *payload = slot.memory + PAGE
     cdef uint64_t checksum
     cdef size_t at = 0, zeros_at, zeros_end
     if template.zeros_kind < 0:
         checksum = _digested(digest, payload, count)
-        _frame_data(numbers, template, slot, 0, count, checksum, False)
+        _frame_data(numbers, template, slot, 0, count, checksum, goes_on)
         if leave_holes:
             _cut_holes(numbers, slot, payload, count)
         return
@@ -58,11 +62,14 @@ cdef void _frame_chunk(
         zeros_at = _zero_run(payload, at, count, &zeros_end)
         if zeros_at > at:
             checksum = _digested(digest, payload + at, zeros_at - at)
-            _frame_data(numbers, template, slot, at, zeros_at, checksum, zeros_at < count)
+            _frame_data(
+                numbers, template, slot, at, zeros_at, checksum, goes_on or zeros_at < count
+            )
         if zeros_end > zeros_at:
             checksum = _digested(digest, payload + zeros_at, zeros_end - zeros_at)
             _frame_zeros(
-                numbers, template, slot, zeros_at, zeros_end, checksum, zeros_end < count
+                numbers, template, slot, zeros_at, zeros_end, checksum,
+                goes_on or zeros_end < count,
             )
         at = zeros_end
 

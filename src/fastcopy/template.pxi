@@ -8,8 +8,8 @@ cdef class Template:
     running digest, or of the payload's own XXH3-64 in put_frame(); chain_at: of the XXH3-64 of
     head[:chain_at] seeded with the one before. -1: the head has no such field.
     kind_at, zeros_kind: byte to change in a frame that stands for a run of zeros, without payload.
-    flags_at, continued: bits to set where a chunk goes on in the next frame, which only runs of
-    zeros make it do. largest_bytes: of one frame, for a reader; 0: any length.
+    flags_at, continued: bits to set where a chunk goes on in the next frame: at runs of zeros, and
+    in put_chunk() where the buffer ends. largest_bytes: of one frame, for a reader; 0: any length.
     """
     cdef unsigned char[HEAD_MAX] head
     cdef unsigned char[TAIL_MAX] tail

@@ -155,6 +155,39 @@ cdef class FrameWriter:
             self._write_now(slot)
         self._count()
 
+    def put_chunk(
+        self, Template template not None, const unsigned char[::1] data not None,
+        Digest digest=None,
+    ):
+        """Write data, one chunk of a device that gives chunks, as copy() writes what it reads.
+
+        One larger than buffer_bytes takes several frames, all but the last CONTINUED; a framing
+        without such a flag takes none larger. Blocks. Raises OSError, ECANCELED when woken.
+        """
+        cdef size_t at = 0, piece, count = data.shape[0]
+        cdef Slot *slot
+        if count > self.buffer_bytes and not template.continued:
+            raise ValueError(f"a chunk of {count} bytes and a buffer of {self.buffer_bytes}")
+        try:
+            while at < count:
+                if _cancelled(self.ring.wake_fd):
+                    self._fail(-1, ECANCELED)
+                slot = self._take_slot()
+                piece = min(count - at, self.buffer_bytes)
+                with nogil:
+                    memcpy(slot.memory + PAGE, &data[at], piece)
+                    at += piece
+                    _frame_chunk(
+                        &self.numbers, template, slot, piece, digest, self.leave_holes, at < count
+                    )
+                    self._hand_over(slot)
+                self._count()
+                self.device_bytes += piece
+        except BaseException:
+            with nogil:
+                self._stop()
+            raise
+
     def copy(
         self, int src, Template template not None, uint64_t limit, Digest digest=None, *,
         uint64_t deadline_ns=0, bint splicing=False,
@@ -234,7 +267,7 @@ cdef class FrameWriter:
             else:
                 if not self.is_settled:
                     _after_read(&self.probe, asked, got, self.buffer_bytes)
-                _frame_chunk(&self.numbers, template, slot, got, digest, self.leave_holes)
+                _frame_chunk(&self.numbers, template, slot, got, digest, self.leave_holes, False)
                 self._hand_over(slot)
                 self._count()
             self.device_bytes += got
