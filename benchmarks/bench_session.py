@@ -31,6 +31,9 @@ class Dropping:
     Under a hypervisor, first touch of a page is ten times slower than all else here.
     """
 
+    protocol = "v2"
+    region_bytes = 0
+
     def __init__(self) -> None:
         self._state = DeviceState.RUNNING
 

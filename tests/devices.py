@@ -11,7 +11,7 @@ import pytest
 import vfiomig
 from vfiomig import MigrationError
 from vfiomig.report import Event
-from vfiomig.simulator.device import SimulatedOps
+from vfiomig.simulator.device import SimulatedOps, by_protocol
 from vfiomig.simulator.url import parse_url
 
 # Every profile there is, with a state that is no multiple of anything where its size is free.
@@ -29,6 +29,8 @@ URLS = {
     "mtty-1": "sim:?profile=mtty-1",
     "mtty-2": "sim:?profile=mtty-2",
 }
+# By the legacy protocol, which can be saved and loaded, and not sent.
+V1_URL = "sim:?protocol=v1&size=300001&region=50001"
 WITHOUT_PRE_COPY = {"pds", "xe"}
 
 
@@ -42,7 +44,8 @@ class Simulated(vfiomig.Device):
 
     def __init__(self, url: str) -> None:
         self._simulator = SimulatedOps.open(url)
-        super().__init__(self._simulator.name, self._simulator.identity, self._simulator)
+        ops = by_protocol(self._simulator)
+        super().__init__(self._simulator.name, self._simulator.identity, ops)
 
     def content(self) -> bytes:
         return self._simulator.read_state()

@@ -284,7 +284,9 @@ def _manifest(text: bytes) -> dict[str, Any]:
         _must(1 <= len(described["devices"]) <= MAX_DEVICES, "number of devices")
         for device in described["devices"]:
             _must(isinstance(device["name"], str), "name")
-            _must(device["protocol"] == "v2", "protocol")
+            _must(device["protocol"] in ("v1", "v2"), "protocol")
+            v1 = device["protocol"] == "v1"
+            _must(not v1 or type(device["region_bytes"]) is int, "region_bytes")
             names = device["capabilities"]
             _must(type(names) is list and all(type(name) is str for name in names), "capabilities")
             length = device["stop_copy_length"]

@@ -21,6 +21,9 @@ from vfiomig.uapi import DeviceState as S
 class Ops:
     """Obeys every SET, except for what the test wrote into it. Sessions are real descriptors."""
 
+    protocol = "v2"
+    region_bytes = 0
+
     def __init__(self, flags: int = 7) -> None:  # all three of Capability
         self.flags, self.current = flags, S.RUNNING
         self.asked, self.sessions = list[S](), list[FdChannel]()

@@ -12,6 +12,7 @@ import pytest
 
 from devices import (
     URLS,
+    V1_URL,
     WITHOUT_PRE_COPY,
     Simulated,
     Trigger,
@@ -49,9 +50,10 @@ MODES = {
     "qemu": SaveOptions(framing=QemuFraming()),
     "qemu-pre-copy": SaveOptions(framing=QemuFraming(), pre_copy=LIMITS),
 }
+SAVED = URLS | {"v1": V1_URL}
 PAIRS = [
     (profile, mode)
-    for profile in URLS
+    for profile in SAVED
     for mode in MODES
     if not (MODES[mode].pre_copy and profile in WITHOUT_PRE_COPY)
 ]
@@ -77,8 +79,8 @@ def saved(
 @pytest.mark.parametrize(("profile", "mode"), PAIRS)
 def test_what_was_saved_is_loaded(tmp_path: Path, profile: str, mode: str) -> None:
     options = MODES[mode]
-    content, report = saved(tmp_path / "out", seeded(URLS[profile], 7), options)
-    with Simulated(seeded(URLS[profile], 8)) as device:
+    content, report = saved(tmp_path / "out", seeded(SAVED[profile], 7), options)
+    with Simulated(seeded(SAVED[profile], 8)) as device:
         assert device.content() != content
         loaded = load(tmp_path / "out", device)
         assert (device.state(), device.content()) == (S.RUNNING, content)

@@ -16,8 +16,30 @@ class PrecopyInfo(NamedTuple):
     reinit: bool = False
 
 
+class Chunks(Protocol):
+    """A session by protocol v1, which moves chunk after chunk and not bytes (region.py).
+
+    pending_bytes: what the device said before the last read() that is still to come.
+    """
+
+    pending_bytes: int
+
+    def read(self) -> memoryview:
+        """Return the next chunk of a save, valid until the next call; empty: nothing now."""
+        ...
+
+    def submit(self) -> None:
+        """Load the chunk that was written to fileno(); it must have the size it was read with."""
+        ...
+
+
 class DataChannel(Protocol):
-    """One data session of a device. One thread reads or writes it; close() ends our use of it."""
+    """One data session of a device. One thread reads or writes it; close() ends our use of it.
+
+    chunks: where the session moves chunks (protocol v1); None where fileno() is a data_fd.
+    """
+
+    chunks: Chunks | None
 
     def fileno(self) -> int:
         """Return the data_fd, which stays the channel's. Raises StaleChannelError once closed."""
@@ -45,6 +67,8 @@ class DataChannel(Protocol):
 
 class FdChannel:
     """The session of a kernel device: owns its data_fd."""
+
+    chunks: Chunks | None = None
 
     def __init__(self, device: str, data_fd: int) -> None:
         self._device, self._fd = device, OwnedFd(data_fd)

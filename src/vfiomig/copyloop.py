@@ -5,10 +5,11 @@ The loop itself is native; it knows descriptors and errnos. Here they get their 
 
 import errno
 import os
+import time
 from collections.abc import Callable
 
 from vfiomig._fastcopy import Digest, FrameWriter, Outcome, Template
-from vfiomig.channel import DataChannel, PrecopyInfo
+from vfiomig.channel import Chunks, DataChannel, PrecopyInfo
 from vfiomig.device import Device
 from vfiomig.errors import CancelledError, DeviceIOError, MigrationError, ResourceLimitError
 from vfiomig.uapi import DeviceState
@@ -17,6 +18,8 @@ from vfiomig.worker import Cancellation
 
 class Reading:
     """One device on its way out. expected_bytes: its estimate, for messages; 0 where it has none.
+
+    By protocol v1 a device tells how much is left while it is read: expected_bytes follows that.
 
     Borrows all it is given. One thread at a time.
     """
@@ -38,6 +41,8 @@ class Reading:
 
     def copy(self, channel: DataChannel, template: Template, limit: int, ends_ns: int) -> Outcome:
         """Copy once, as FrameWriter.copy(). Raises MigrationError for what failed, and where."""
+        if channel.chunks is not None:
+            return self._copy_chunks(channel.chunks, template, limit, ends_ns)
         try:
             outcome = self._writer.copy(
                 channel.fileno(),
@@ -54,6 +59,27 @@ class Reading:
                 return Outcome.DRAINED
             raise self._read_failed(cause) from cause
         return outcome
+
+    def _copy_chunks(self, chunks: Chunks, template: Template, limit: int, ends_ns: int) -> Outcome:
+        """Copy chunks, whole ones: the last may go past limit."""
+        ends_at = self._writer.device_bytes + limit
+        while self._writer.device_bytes < ends_at:
+            try:
+                chunk = chunks.read()
+            except OSError as err:
+                raise self._read_failed(err) from err
+            known_bytes = self._writer.device_bytes + chunks.pending_bytes
+            self.expected_bytes = max(self.expected_bytes, known_bytes)
+            try:
+                if not chunk:
+                    self._writer.flush()
+                    return Outcome.END_OF_STREAM
+                self._writer.put_chunk(template, chunk, self._digest)
+            except OSError as err:
+                raise self.failed(err) from err
+            if ends_ns and time.monotonic_ns() >= ends_ns:
+                return Outcome.DEADLINE_REACHED
+        return Outcome.LIMIT_REACHED
 
     def precopy_info(self, channel: DataChannel) -> PrecopyInfo:
         """Ask VFIO_MIG_GET_PRECOPY_INFO. Raises DeviceIOError."""

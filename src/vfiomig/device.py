@@ -31,7 +31,11 @@ class DeviceOps(Protocol):
     """What a device can be asked, as the kernel is: KernelOps and the simulator answer alike.
 
     Every method raises OSError with the errno of the kernel's contract, and nothing else.
+    protocol: "v2", or "v1", then driven through a migration region of region_bytes (else 0).
     """
+
+    protocol: str
+    region_bytes: int
 
     def get_migration_flags(self) -> int:
         """VFIO_DEVICE_FEATURE_MIGRATION; ENOTTY when there is no migration."""
@@ -67,12 +71,14 @@ class Device:
 
     Not for several threads at once: one thread asks for state changes. Leave it by close() or with;
     close() changes no state. opened_as: what open_device() takes to open it again in another
-    process, "" where nothing does.
+    process, "" where nothing does. protocol: "v2", or "v1" (linux/vfio.h before 5.18), then with
+    the size of its migration region in region_bytes.
     """
 
     def __init__(self, name: str, identity: Identity, ops: DeviceOps) -> None:
         """Take over ops. Raises NotMigratableError (then ops is closed)."""
         self.name, self.identity, self._ops = name, identity, ops
+        self.protocol, self.region_bytes = ops.protocol, ops.region_bytes
         self.opened_as = ""
         self._channel: DataChannel | None = None
         self._on_change: Callable[..., None] | None = None
@@ -101,6 +107,14 @@ class Device:
             )
         # linux/vfio.h: unknown bits are of a newer kernel, and no reason to refuse.
         return Capability(flags & (Capability.STOP_COPY | Capability.P2P | Capability.PRE_COPY))
+
+    @property
+    def ops(self) -> DeviceOps:
+        """The bare device, still owned here: for who checks a driver, and owns what SET gives.
+
+        A state change by it ends the session that start_session() gave, and nobody is told.
+        """
+        return self._ops
 
     @contextmanager
     def observed(self, on_event: "OnEvent | None") -> Iterator[None]:
@@ -204,7 +218,7 @@ class Device:
     def path_to(self, target: DeviceState) -> tuple[DeviceState, ...]:
         """Return the steps from the present state to target. Raises IllegalArcError if none are."""
         before = self.state()
-        steps = states.path(self.capabilities, before, target)
+        steps = states.path(self.capabilities, before, target, self.protocol)
         if steps is None:
             hint = "only a reset leaves ERROR" if before is DeviceState.ERROR else ""
             raise IllegalArcError(
@@ -216,6 +230,11 @@ class Device:
                 hint=hint,
             )
         return steps
+
+    @property
+    def committed_in(self) -> DeviceState:
+        """The state whose step from RESUMING commits a load: STOP; by protocol v1, RUNNING."""
+        return DeviceState.STOP if self.protocol == "v2" else DeviceState.RUNNING
 
     @property
     def capability_names(self) -> str:

@@ -8,9 +8,9 @@ from vfiomig.framing.manifest import DeviceEntry
 from vfiomig.identity import Identity
 from vfiomig.uapi import Capability
 
-CAPABILITIES = "capabilities"
+CAPABILITIES, REGION_BYTES = "capabilities", "region_bytes"
 # What a person may declare to fit: the driver that loads it still has the last word.
-ALLOWED_FIELDS = frozenset({*Identity.__slots__, CAPABILITIES})
+ALLOWED_FIELDS = frozenset({*Identity.__slots__, CAPABILITIES, REGION_BYTES})
 
 
 class Misfit(NamedTuple):
@@ -44,6 +44,9 @@ def misfits(
         ]
     if source.protocol != destination.protocol:
         found.append(Misfit("protocol", source.protocol, destination.protocol))
+    elif source.region_bytes > destination.region_bytes > 0:
+        sizes = str(source.region_bytes), str(destination.region_bytes)
+        found.append(Misfit(REGION_BYTES, *sizes))
     wanted = needs.names or source.capabilities
     if destination.capabilities and not set(wanted) <= set(destination.capabilities):
         found.append(Misfit(CAPABILITIES, ", ".join(wanted), ", ".join(destination.capabilities)))
@@ -86,6 +89,9 @@ def _sentence(source: str, destination: str, found: Sequence[Misfit]) -> str:
 
 
 def _words(misfit: Misfit) -> str:
+    if misfit.field == REGION_BYTES:
+        both = f"has {misfit.destination} bytes, and the source's has {misfit.source}"
+        return f"its migration region {both}: a chunk may not fit"
     if misfit.field == CAPABILITIES:
         return f"it has {misfit.destination}, and needs {misfit.source}"
     return f"its {misfit.field} is {misfit.destination!r}, not {misfit.source!r}"

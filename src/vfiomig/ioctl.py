@@ -7,9 +7,13 @@ device, and gives it meaning. Sources: include/uapi/linux/vfio.h and drivers/vfi
 import errno
 import struct
 from fcntl import ioctl
+from typing import NamedTuple
 
 from vfiomig import uapi
-from vfiomig.uapi import DeviceState, Feature
+from vfiomig.uapi import DeviceState, Feature, RegionInfoFlag
+
+# Ours: a page holds the areas of any sparse mapping seen so far.
+_REGION_INFO_MOST_BYTES = 4096
 
 
 def _feature(device_fd: int, flags: Feature, payload_bytes: int = 0) -> bytearray:
@@ -100,6 +104,50 @@ def get_device_info(device_fd: int) -> tuple[int, int, int]:
     ioctl(device_fd, uapi.VFIO_DEVICE_GET_INFO, arg)
     _, flags, regions, irqs, _, _ = uapi.DEVICE_INFO.unpack(arg)
     return flags, regions, irqs
+
+
+class RegionInfo(NamedTuple):
+    """struct vfio_region_info. offset_bytes: where pread() and pwrite() on the device_fd reach it.
+
+    kind: type and subtype of VFIO_REGION_INFO_CAP_TYPE, None where a region has none.
+    """
+
+    flags: RegionInfoFlag
+    size_bytes: int
+    offset_bytes: int
+    kind: tuple[int, int] | None
+
+
+def get_region_info(device_fd: int, index: int) -> RegionInfo:
+    """Return one region of a device: VFIO_DEVICE_GET_REGION_INFO.
+
+    Raises OSError: EINVAL for an index that the device does not have.
+    """
+    arg = bytearray(uapi.REGION_INFO.size)
+    while True:
+        uapi.REGION_INFO.pack_into(arg, 0, len(arg), 0, index, 0, 0, 0)
+        ioctl(device_fd, uapi.VFIO_DEVICE_GET_REGION_INFO, arg)
+        argsz, flags, _, cap_offset, size, offset = uapi.REGION_INFO.unpack_from(arg)
+        if argsz <= len(arg):
+            break
+        if argsz > _REGION_INFO_MOST_BYTES:
+            raise OSError(errno.E2BIG, f"region {index} has {argsz} bytes of capabilities")
+        arg = bytearray(argsz)  # room for the capabilities, which did not fit
+    kind = _region_kind(arg, cap_offset) if flags & RegionInfoFlag.CAPS else None
+    return RegionInfo(RegionInfoFlag(flags), size, offset, kind)
+
+
+def _region_kind(arg: bytearray, cap_offset: int) -> tuple[int, int] | None:
+    while 0 < cap_offset <= len(arg) - uapi.INFO_CAP_HEADER.size:
+        cap, _, following = uapi.INFO_CAP_HEADER.unpack_from(arg, cap_offset)
+        fits = cap_offset <= len(arg) - uapi.REGION_INFO_CAP_TYPE.size
+        if cap == uapi.VFIO_REGION_INFO_CAP_TYPE and fits:
+            _, _, _, kind, subtype = uapi.REGION_INFO_CAP_TYPE.unpack_from(arg, cap_offset)
+            return kind, subtype
+        if following <= cap_offset:
+            return None  # 0: the last one; a chain that goes back would have no end
+        cap_offset = following
+    return None
 
 
 def reset_device(device_fd: int) -> None:

@@ -5,19 +5,21 @@ import time
 from contextlib import AbstractContextManager, closing
 
 from vfiomig._fastcopy import StreamReader
+from vfiomig.channel import DataChannel
 from vfiomig.copyloop import refused
 from vfiomig.device import Device
 from vfiomig.errors import (
     CancelledError,
     DeviceLostError,
     MigrationError,
+    NotMigratableError,
     StreamError,
     StreamMismatchError,
 )
-from vfiomig.framing.manifest import Manifest
+from vfiomig.framing.manifest import DeviceEntry, Manifest
 from vfiomig.incoming import Incoming, open_incoming
-from vfiomig.incoming.checked import FrameInfo
-from vfiomig.options import LoadOptions
+from vfiomig.incoming.checked import FrameInfo, OnFrame
+from vfiomig.options import REGION_BYTES, LoadOptions
 from vfiomig.recorder import Recorder
 from vfiomig.report import OnEvent, TransferReport
 from vfiomig.transport import Stream, Target, open_source
@@ -43,6 +45,12 @@ def load(
     Raises MigrationError: its actual and aftermath say what the device was left in.
     """
     options.check()
+    if options.after is not DeviceState.RUNNING and device.protocol == "v1":
+        raise NotMigratableError(
+            f"{device.name} has protocol v1, by which a device runs as soon as it is loaded",
+            device=device.name,
+            hint="load it with after=RUNNING, --after run, and stop it then",
+        )
     with closing(Cancellation()) as own, open_source(source) as stream:
         stop = cancellation or own
         job = _Loading(stream, device, options, Recorder(device.name, on_event), stop)
@@ -58,6 +66,7 @@ def check_identity(manifest: Manifest, stream: str, device: Device, options: Loa
         raise StreamMismatchError(
             f"{stream} holds {len(manifest.devices)} devices, not one", device=device.name
         )
+    _check_protocol(manifest.devices[0], stream, device, options)
     theirs, mine = manifest.devices[0].identity, device.identity
     if not (theirs.driver and mine.driver):
         # fd:N and pid:PID/fd:N before Linux 7: fdinfo has no vfio-device-syspath there.
@@ -75,6 +84,22 @@ def check_identity(manifest: Manifest, stream: str, device: Device, options: Loa
             hint="if you know that it fits: --allow-mismatch " + ",".join(fields),
         )
     return ""
+
+
+def _check_protocol(entry: DeviceEntry, stream: str, device: Device, options: LoadOptions) -> None:
+    if entry.protocol != device.protocol:
+        raise StreamMismatchError(
+            f"{stream} is of a device with protocol {entry.protocol}, and {device.name} has"
+            f" {device.protocol}",
+            device=device.name,
+        )
+    if entry.region_bytes > device.region_bytes and REGION_BYTES not in options.allow_mismatch:
+        raise StreamMismatchError(
+            f"{stream} is of a device with a migration region of {entry.region_bytes} bytes, and"
+            f" {device.name} has one of {device.region_bytes}: a chunk may not fit",
+            device=device.name,
+            hint="if you know that all chunks fit: --allow-mismatch region_bytes",
+        )
 
 
 class _Loading:
@@ -141,20 +166,11 @@ class _Loading:
             channel = self._device.start_session(DeviceState.RESUMING)
             self._data_fd = channel.fileno()
             self._recorder.check()
-            told = 0
+            on_frame = self._on_frame(incoming, channel)
 
             def tell() -> None:
                 self._recorder.copied("load", incoming.device_bytes)
 
-            def tell_chunk(_: FrameInfo) -> None:
-                nonlocal told
-                moved = incoming.device_bytes
-                if moved > told:
-                    self._recorder.chunk(told, moved - told)
-                told = moved
-                self._cancellation.check()
-
-            on_frame = tell_chunk if self._options.chunk_events else None
             try:
                 incoming.transfer(self._data_fd, on_frame, tell)
             except OSError as err:
@@ -170,11 +186,30 @@ class _Loading:
         if incoming.device_bytes == 0:
             self._recorder.warn("the stream holds no state at all: 0 bytes")
 
+    def _on_frame(self, incoming: Incoming, channel: DataChannel) -> OnFrame | None:
+        """Return what is to be done with each frame that is sound, None when there is nothing."""
+        chunks, tells, told = channel.chunks, self._options.chunk_events, 0
+
+        def take(frame: FrameInfo) -> None:
+            nonlocal told
+            if chunks is not None and frame.ends_chunk:
+                try:
+                    chunks.submit()
+                except OSError as err:
+                    raise refused(self._device, channel, err, incoming.device_bytes) from err
+            if tells and incoming.device_bytes > told:
+                self._recorder.chunk(told, incoming.device_bytes - told)
+            told = incoming.device_bytes
+            self._cancellation.check()
+
+        return take if tells or chunks is not None else None
+
     def _commit(self) -> None:
         # After a reset by somebody else RUNNING -> STOP succeeds too, and loads nothing. Between
         # this look and the SET a short window stays: the kernel has no means to close it.
-        self._device.check_session(DeviceState.RESUMING, DeviceState.STOP)
-        self._device.set_state(DeviceState.STOP)
+        target = self._device.committed_in
+        self._device.check_session(DeviceState.RESUMING, target)
+        self._device.set_state(target)
 
     def _stream_failed(self, err: OSError) -> MigrationError:
         if self._cancellation.cancelled and err.errno == errno.ECANCELED:

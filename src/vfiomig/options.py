@@ -21,6 +21,8 @@ DURABLE_WRITES, DURABLE_SLOTS = 4, 6
 RING_BYTES = 16 << 20
 # Ours: no device has as much; what says that it does is broken.
 DEFAULT_MAX_STATE_BYTES = 1 << 40
+# What may differ besides the fields of Identity: DeviceEntry's.
+REGION_BYTES = "region_bytes"
 _PCI_ADDRESS = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 
 
@@ -119,7 +121,9 @@ class SaveOptions:
 class LoadOptions:
     """How to load. after: RUNNING or STOP, what to leave the device in.
 
-    allow_mismatch: names of Identity fields in which stream and device may differ.
+    allow_mismatch: names of Identity fields in which stream and device may differ; "region_bytes":
+    the migration region (protocol v1) may be smaller than that of the source, as long as every
+    chunk fits.
     """
 
     after: DeviceState = DeviceState.RUNNING
@@ -131,10 +135,11 @@ class LoadOptions:
     def check(self) -> None:
         """Raise UsageError for what cannot work."""
         _check_common(self.after, self.buffer_bytes)
-        if unknown := self.allow_mismatch - set(Identity.__slots__):
+        known = (*Identity.__slots__, REGION_BYTES)
+        if unknown := self.allow_mismatch - set(known):
             raise UsageError(
                 f"no such field of a device: {', '.join(sorted(unknown))};"
-                f" there are {', '.join(Identity.__slots__)}"
+                f" there are {', '.join(known)}"
             )
 
 

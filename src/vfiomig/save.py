@@ -85,7 +85,7 @@ class _Saving:
             self._start_state = self._device.check_in(DeviceState.RUNNING, *also)
             length = self._device.stop_copy_length()
             self._recorder.expected_bytes = length or 0
-            if length is None:
+            if length is None and self._device.protocol == "v2":  # v1 tells it while it saves
                 self._recorder.warn("the device does not tell its size: no estimate")
             self._writer, self._framing = self._open(length)
             self._reading = Reading(
@@ -116,9 +116,12 @@ class _Saving:
         if isinstance(options.framing, QemuFraming):
             section = options.framing.section(self._device.name)
             size = min(buffer_bytes, qemu.record_bytes(length))
+            if region_bytes := self._device.region_bytes:
+                # A DATA record cannot go on in another: it has to hold a chunk, whatever its size.
+                size = max(native.FILE_ALIGN, min(region_bytes, native.MAX_FRAME_BYTES))
             writer = self._new_writer(size, 0, leave_holes=self._sink.is_new_file)
             return writer, QemuOutgoing(writer, section)
-        grown_bytes = GROWN_BUFFER_BYTES if is_auto else 0
+        grown_bytes = GROWN_BUFFER_BYTES if is_auto and not self._device.region_bytes else 0
         writer = self._new_writer(buffer_bytes, grown_bytes, leave_holes=False)
         align = native.FILE_ALIGN if self._sink.is_file else native.PIPE_ALIGN
         manifest = self._manifest(length)
@@ -142,7 +145,14 @@ class _Saving:
 
     def _manifest(self, length: int | None) -> Manifest:
         device = self._device
-        entry = DeviceEntry(device.name, device.identity, device.capabilities.names, length)
+        entry = DeviceEntry(
+            device.name,
+            device.identity,
+            device.capabilities.names,
+            length,
+            device.protocol,
+            device.region_bytes,
+        )
         created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         return Manifest(created, f"vfiomig {__version__}", (entry,))
 
@@ -209,6 +219,7 @@ class _Saving:
 
     def _tell(self, phase: str, before: int) -> None:
         copied = self._writer.device_bytes
+        self._recorder.expected_bytes = self._reading.expected_bytes
         self._recorder.copied(phase, copied)
         if self._options.chunk_events and copied > before:
             self._recorder.chunk(before, copied - before)

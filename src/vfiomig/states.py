@@ -18,6 +18,24 @@ SAVING = frozenset({S.PRE_COPY, S.PRE_COPY_P2P, S.STOP_COPY})
 BLOCKED = {(S.STOP_COPY, S.PRE_COPY), (S.STOP_COPY, S.PRE_COPY_P2P)}
 
 
+# Protocol v1: the steps of the diagram above struct vfio_device_migration_info (Linux 5.8), and
+# those of a save that is given up, and of a stopped device that runs again (QEMU 5.2 makes both).
+# Loading ends in RUNNING, at once.
+_V1_ARCS = frozenset(
+    {
+        (S.RUNNING, S.STOP),
+        (S.STOP, S.RUNNING),
+        (S.RUNNING, S.STOP_COPY),
+        (S.STOP_COPY, S.STOP),
+        (S.RUNNING, S.PRE_COPY),
+        (S.PRE_COPY, S.STOP_COPY),
+        (S.PRE_COPY, S.RUNNING),
+        (S.RUNNING, S.RESUMING),
+        (S.RESUMING, S.RUNNING),
+    }
+)
+
+
 @cache
 def arcs(capabilities: Capability) -> frozenset[tuple[S, S]]:
     """Return the single steps a driver with these capabilities implements."""
@@ -48,11 +66,15 @@ def arcs(capabilities: Capability) -> frozenset[tuple[S, S]]:
 
 
 @cache
-def path(capabilities: Capability, start: S, target: S) -> tuple[S, ...] | None:
+def path(
+    capabilities: Capability, start: S, target: S, protocol: str = "v2"
+) -> tuple[S, ...] | None:
     """Return the steps from start to target, target last; () when start is target.
 
-    None when the kernel would refuse the request (EINVAL).
+    None when the kernel would refuse the request (EINVAL). By protocol v1, also when the device
+    would run on its way: no driver makes the steps, so nobody would expect that.
     """
+    steps_of = arcs(capabilities) if protocol == "v2" else _V1_ARCS
     if start is target:
         return () if start is S.ERROR or start in _states(capabilities) else None
     if (start, target) in BLOCKED:
@@ -60,14 +82,14 @@ def path(capabilities: Capability, start: S, target: S) -> tuple[S, ...] | None:
     # A path may cross the saving group only when it stays inside it: one data_fd serves all.
     barred = SAVING if not {start, target} <= SAVING else frozenset[S]()
     # RESUMING -> STOP commits a load, so no path goes through RESUMING.
-    barred |= {S.RESUMING}
+    barred |= {S.RESUMING} if protocol == "v2" else {S.RESUMING, S.RUNNING}
     queue: deque[tuple[S, ...]] = deque([(start,)])
     while queue:
         taken = queue.popleft()
         if taken[-1] is target:
             return taken[1:]
         if len(taken) == 1 or taken[-1] not in barred:
-            steps = sorted(to for at, to in arcs(capabilities) if at is taken[-1])
+            steps = sorted(to for at, to in steps_of if at is taken[-1])
             queue.extend((*taken, to) for to in steps if to not in taken)
     return None
 

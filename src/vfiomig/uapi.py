@@ -18,6 +18,7 @@ VFIO_GROUP_GET_STATUS = _VFIO + 3
 VFIO_GROUP_SET_CONTAINER = _VFIO + 4
 VFIO_GROUP_GET_DEVICE_FD = _VFIO + 6
 VFIO_DEVICE_GET_INFO = _VFIO + 7
+VFIO_DEVICE_GET_REGION_INFO = _VFIO + 8
 VFIO_DEVICE_RESET = _VFIO + 11
 VFIO_DEVICE_FEATURE = _VFIO + 17
 VFIO_DEVICE_BIND_IOMMUFD = _VFIO + 18
@@ -80,6 +81,28 @@ class DeviceInfoFlag(IntFlag):
     PCI = 1 << 1
 
 
+class RegionInfoFlag(IntFlag):
+    """flags of struct vfio_region_info, VFIO_REGION_INFO_FLAG_*."""
+
+    READ = 1 << 0
+    WRITE = 1 << 1
+    MMAP = 1 << 2
+    CAPS = 1 << 3
+
+
+class MigrationInfoAt(IntEnum):
+    """Where the fields of struct vfio_device_migration_info are (protocol v1)."""
+
+    DEVICE_STATE = 0
+    PENDING_BYTES = 8
+    DATA_OFFSET = 16
+    DATA_SIZE = 24
+
+
+VFIO_PCI_NUM_REGIONS = 9  # the regions of a device's own kinds come behind these
+VFIO_REGION_INFO_CAP_TYPE = 2
+# VFIO_REGION_TYPE_MIGRATION_DEPRECATED and VFIO_REGION_SUBTYPE_MIGRATION_DEPRECATED.
+VFIO_REGION_TYPE_MIGRATION, VFIO_REGION_SUBTYPE_MIGRATION = 3, 1
 VFIO_GROUP_FLAGS_VIABLE = 1 << 0
 # New initial data appeared in the stream; set only after the opt-in by MIG_PRECOPY_INFOV2.
 VFIO_PRECOPY_INFO_REINIT = 1 << 0
@@ -90,6 +113,12 @@ FEATURE_MIG_STATE = struct.Struct("=Ii")  # vfio_device_feature_mig_state: devic
 FEATURE_MIG_DATA_SIZE = struct.Struct("=Q")  # vfio_device_feature_mig_data_size: stop_copy_length
 PRECOPY_INFO = struct.Struct("=IIQQ")  # vfio_precopy_info: argsz, flags, initial_bytes, dirty_bytes
 DEVICE_INFO = struct.Struct("=IIIIII")  # vfio_device_info: argsz, flags, regions, irqs, cap, pad
+# vfio_region_info: argsz, flags, index, cap_offset, size, offset; then a chain of capabilities.
+REGION_INFO = struct.Struct("=IIIIQQ")
+INFO_CAP_HEADER = struct.Struct("=HHI")  # vfio_info_cap_header: id, version, next
+REGION_INFO_CAP_TYPE = struct.Struct("=HHIII")  # the header, type, subtype
+# vfio_device_migration_info: device_state, reserved, pending_bytes, data_offset, data_size.
+MIGRATION_INFO = struct.Struct("=IIQQQ")
 GROUP_STATUS = struct.Struct("=II")  # vfio_group_status: argsz, flags
 # vfio_device_bind_iommufd: argsz, flags, iommufd, out_devid. 16 bytes serve old and new kernels.
 BIND_IOMMUFD = struct.Struct("=IIiI")

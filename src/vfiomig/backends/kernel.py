@@ -14,8 +14,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from vfiomig import ioctl, sysfs, uapi
+from vfiomig.backends.kernel_region import by_protocol
 from vfiomig.channel import DataChannel, FdChannel
-from vfiomig.device import Device
+from vfiomig.device import Device, DeviceOps
 from vfiomig.errors import (
     DeviceBusyError,
     DeviceIOError,
@@ -47,6 +48,9 @@ class KernelOps:
     Close order: device, then group, then container or iommufd. May be used by several threads at
     once as far as the driver allows it; a reset never during a state change.
     """
+
+    protocol = "v2"
+    region_bytes = 0
 
     def __init__(self, name: str, device_fd: OwnedFd, opened: ExitStack) -> None:
         """Take over opened, which closes device_fd and whatever has to outlive it."""
@@ -107,7 +111,8 @@ def open_kernel(host: HostDevice, *, dev_root: Path = Path("/dev")) -> Device:
 
     This resets a PCI device, and so does closing it: see vfiomig.backends.open_device().
     """
-    return Device(host.name, identity_of(host), open_ops(host, dev_root=dev_root))
+    ops = open_ops(host, dev_root=dev_root)
+    return Device(host.name, identity_of(host), _by_protocol(host.name, ops))
 
 
 def open_ops(host: HostDevice, *, dev_root: Path = Path("/dev")) -> KernelOps:
@@ -152,7 +157,15 @@ def device_from_fd(device_fd: int, name: str, identity: Identity | None = None) 
             name, identity = host.name, identity_of(host)
         _refuse_unbound(device_fd, name)
         ops = KernelOps(name, owned, opened.pop_all())
-    return Device(name, identity or Identity(driver=""), ops)
+    return Device(name, identity or Identity(driver=""), _by_protocol(name, ops))
+
+
+def _by_protocol(name: str, ops: KernelOps) -> DeviceOps:
+    try:
+        return by_protocol(name, ops.fileno(), ops)
+    except OSError as err:
+        ops.close()
+        raise opening_failed(f"{name}: looking for a migration region", err) from err
 
 
 def _open_by_cdev(name: str, cdev: Path, iommu: Path) -> KernelOps:

@@ -16,6 +16,9 @@ from vfiomig.uapi import Capability, DeviceState
 class ScratchOps:
     """DeviceOps of a device that takes every state, and keeps it in one memfd. Owns that."""
 
+    protocol = "v2"
+    region_bytes = 0
+
     def __init__(self) -> None:
         self._memory = OwnedFd(os.memfd_create("vfiomig-bench"))
         self._state = DeviceState.RUNNING

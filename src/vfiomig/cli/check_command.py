@@ -103,7 +103,13 @@ def _entry(name: str, out: Output, *, opening: bool) -> DeviceEntry:
 
 
 def _of_device(device: Device) -> DeviceEntry:
-    return DeviceEntry(device.name, device.identity, device.capabilities.names)
+    return DeviceEntry(
+        device.name,
+        device.identity,
+        device.capabilities.names,
+        protocol=device.protocol,
+        region_bytes=device.region_bytes,
+    )
 
 
 def _of_file(name: str) -> DeviceEntry:
@@ -147,7 +153,9 @@ def _of_values(plain: Any, path: str) -> DeviceEntry:  # noqa: ANN401
     if "capabilities" in plain:
         names = tuple(str(item) for item in strict_json.field(plain, "capabilities", list))
     identity = Identity(driver, text("model", "mdev_type"), *ids)
-    return DeviceEntry(f"{name} ({path})", identity, names)
+    protocol = text("protocol") or "v2"
+    region_bytes = strict_json.field(plain, "region_bytes", int) if protocol == "v1" else 0
+    return DeviceEntry(f"{name} ({path})", identity, names, None, protocol, region_bytes)
 
 
 def _capabilities(features: str) -> tuple[str, ...]:

@@ -57,13 +57,18 @@ def _model(device: Device) -> str:
 
 def _ask(device: Device, values: dict[str, object], rows: list[tuple[str, str]]) -> int:
     state, length = device.state(), device.stop_copy_length()
-    values |= {"protocol": "v2", "capabilities": device.capabilities.names, "state": state.name}
-    values |= {"stop_copy_length": length}
     told = "it does not tell" if length is None else f"about {format_size(length)} ({length} bytes)"
+    if length is None and device.protocol == "v1":
+        told = "it tells only while it is saved"
+    values |= {"protocol": device.protocol, "capabilities": device.capabilities.names}
+    values |= {"state": state.name, "stop_copy_length": length}
     rows += [
-        ("protocol", "v2"),
+        ("protocol", device.protocol),
         ("capabilities", device.capability_names),
         ("state", state.name),
         ("size", told),
     ]
+    if device.protocol == "v1":
+        values |= {"region_bytes": device.region_bytes}
+        rows.append(("migration region", f"{device.region_bytes} bytes"))
     return 0

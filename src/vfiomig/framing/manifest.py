@@ -14,13 +14,17 @@ MAX_MANIFEST_BYTES = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class DeviceEntry:
-    """One device of a manifest. stop_copy_length: the device's estimate in bytes, None if none."""
+    """One device of a manifest. stop_copy_length: the device's estimate in bytes, None if none.
+
+    region_bytes: of protocol v1, the size of its migration region; else 0.
+    """
 
     name: str
     identity: Identity
     capabilities: tuple[str, ...] = ()
     stop_copy_length: int | None = None
     protocol: str = "v2"
+    region_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,10 @@ def decode(data: bytes, offset: int) -> Manifest:
 
 def entry_values(entry: DeviceEntry) -> dict[str, Any]:
     """Return one device as plain values for JSON; decode_entry() reads them."""
-    return asdict(entry)
+    values = asdict(entry)
+    if entry.protocol == "v2":
+        del values["region_bytes"]
+    return values
 
 
 def decode_entry(plain: object) -> DeviceEntry:
@@ -71,6 +78,9 @@ def decode_entry(plain: object) -> DeviceEntry:
     names = tuple(field(plain, "capabilities", list))
     if not all(isinstance(name, str) for name in names):
         raise ValueError("a capability is no text")
-    if field(plain, "protocol", str) != "v2":
-        raise ValueError("the protocol is not v2")
-    return DeviceEntry(field(plain, "name", str), Identity(*fields), names, length)
+    protocol = field(plain, "protocol", str)
+    if protocol not in ("v1", "v2"):
+        raise ValueError("the protocol is neither v1 nor v2")
+    region_bytes = field(plain, "region_bytes", int) if protocol == "v1" else 0
+    name = field(plain, "name", str)
+    return DeviceEntry(name, Identity(*fields), names, length, protocol, region_bytes)

@@ -11,13 +11,17 @@ from vfiomig.recorder import PROGRESS_NS
 
 @dataclass(frozen=True, slots=True)
 class FrameInfo:
-    """One sound frame, section or record as it stands in the stream. offset: of its header."""
+    """One sound frame, section or record as it stands in the stream. offset: of its header.
+
+    ends_chunk: it holds the device's bytes, and the last ones of a chunk.
+    """
 
     kind: str
     offset: int
     length_bytes: int
     device: int = 0
     detail: str = ""
+    ends_chunk: bool = False
 
 
 OnFrame = Callable[[FrameInfo], None]

@@ -53,7 +53,8 @@ class NativeIncoming(Checked):
             self.sound_bytes = self._reader.offset
             if on_frame is not None:
                 flags = ",".join(flag.name or "" for flag in FrameFlag if flag in header.flags)
-                on_frame(FrameInfo(kind.name, offset, header.length, header.device, flags))
+                ends = kind in native.DEVICE_KINDS and FrameFlag.CONTINUED not in header.flags
+                on_frame(FrameInfo(kind.name, offset, header.length, header.device, flags, ends))
         self._end()
 
     def _next_header(self) -> FrameHeader:

@@ -85,7 +85,8 @@ class QemuIncoming(Checked):
             self._check_whole(outcome)
             if outcome is Outcome.LIMIT_REACHED:
                 reader = self._reader
-                self._sound(on_frame, FrameInfo("DATA", reader.frame_offset, reader.frame_bytes))
+                at, length = reader.frame_offset, reader.frame_bytes
+                self._sound(on_frame, FrameInfo("DATA", at, length, ends_chunk=True))
         return self._tag(f"a {kind.name} section")
 
     def _sound(self, on_frame: OnFrame | None, frame: FrameInfo) -> None:

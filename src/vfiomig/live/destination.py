@@ -41,7 +41,7 @@ from vfiomig.live.messages import (
     Status,
     Stopping,
 )
-from vfiomig.live.options import MAX_DEVICES, ReceiveOptions
+from vfiomig.live.options import MAX_DEVICES, ReceiveOptions, check_protocol
 from vfiomig.live.party import Party
 from vfiomig.live.session import (
     Pulse,
@@ -75,6 +75,8 @@ def receive(
     options.check()
     if not 0 < len(devices) <= MAX_DEVICES:
         raise UsageError(f"{len(devices)} devices: 1 to {MAX_DEVICES}")
+    for device in devices:
+        check_protocol(device)
     address = parse_address(url)
     with closing(Cancellation()) as own:
         stop = cancellation or own

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from vfiomig.errors import UsageError
+from vfiomig.device import Device
+from vfiomig.errors import NotMigratableError, UsageError
 from vfiomig.fit import ALLOWED_FIELDS
 from vfiomig.framing import native
 from vfiomig.live.tls import TlsFiles
@@ -99,6 +100,19 @@ class ReceiveOptions:
                 f"no such field of a device: {', '.join(sorted(unknown))};"
                 f" there are {', '.join(sorted(ALLOWED_FIELDS))}"
             )
+
+
+def check_protocol(device: Device) -> None:
+    """Raise NotMigratableError for protocol v1, by which loading a device lets it run.
+
+    The hand-over has to have a loaded device that does not run before the source gives up its own.
+    """
+    if device.protocol == "v1":
+        raise NotMigratableError(
+            f"{device.name} has protocol v1, and cannot be loaded without running: both could run",
+            device=device.name,
+            hint="save it with --after stop, and load it on the other host",
+        )
 
 
 def _check_buffer(buffer_bytes: int) -> None:

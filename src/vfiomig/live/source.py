@@ -39,7 +39,7 @@ from vfiomig.live.messages import (
     Stopping,
 )
 from vfiomig.live.mover import Mover
-from vfiomig.live.options import MAX_DEVICES, SendOptions
+from vfiomig.live.options import MAX_DEVICES, SendOptions, check_protocol
 from vfiomig.live.party import Party
 from vfiomig.live.rounds import Rounds
 from vfiomig.live.session import (
@@ -93,6 +93,7 @@ def check_devices(devices: Sequence[Device], options: SendOptions) -> None:
         raise UsageError(f"{len(devices)} devices: 1 to {MAX_DEVICES}")
     for device in devices:
         device.check_in(DeviceState.RUNNING)
+        check_protocol(device)
         has_p2p = device.capabilities & Capability.P2P
         if len(devices) > 1 and not has_p2p and not options.without_p2p:
             raise NotMigratableError(

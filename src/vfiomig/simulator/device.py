@@ -14,9 +14,11 @@ from typing import Self
 
 from vfiomig import states
 from vfiomig.channel import DataChannel, PrecopyInfo
-from vfiomig.device import Device
+from vfiomig.device import Device, DeviceOps
+from vfiomig.errors import opening_failed
 from vfiomig.fd import OwnedFd
 from vfiomig.identity import Identity
+from vfiomig.region import RegionOps
 from vfiomig.simulator.commit import commit
 from vfiomig.simulator.drain import PipedLoad
 from vfiomig.simulator.faults import Action
@@ -34,7 +36,24 @@ from vfiomig.uapi import DeviceState as S
 def open_simulated(url: str) -> Device:
     """Open, or create, the device a name stands for. Raises UsageError, DeviceBusyError ..."""
     ops = SimulatedOps.open(url)
-    return Device(ops.name, ops.identity, ops)
+    return Device(ops.name, ops.identity, by_protocol(ops))
+
+
+def by_protocol(ops: "SimulatedOps") -> DeviceOps:
+    """Return what speaks to the device: ops, or the region in front of it. Raises MigrationError.
+
+    What is returned owns ops; when it raises, ops is closed.
+    """
+    if not ops.data_bytes:
+        return ops
+    from vfiomig.simulator.region import SimulatedRegion
+
+    try:
+        region = SimulatedRegion(ops, ops.data_bytes, ops.region_path)
+    except OSError as err:
+        ops.close()
+        raise opening_failed(ops.name, err) from err
+    return RegionOps(ops.name, region, ops)
 
 
 def state_bytes(url: str) -> bytes:
@@ -45,13 +64,22 @@ def state_bytes(url: str) -> bytes:
 class SimulatedOps:
     """DeviceOps without a kernel. One lock for all of it, as in the drivers.
 
-    A read or write is served by a thread of the session, never under that lock.
+    A read or write is served by a thread of the session, never under that lock. data_bytes: of
+    protocol v1, the data section of its region, which is put in front of it; else 0. region_path:
+    the file for that, "" where the device has none.
     """
+
+    protocol = "v2"
+    region_bytes = 0
 
     def __init__(self, name: str, home: Home, opening: Opening) -> None:
         """Take over home."""
         self.name, self._home, self._opening = name, home, opening
         self._parameters, self._profile = home.parameters, home.parameters.profile
+        self.data_bytes = self._parameters.region
+        self.region_path = (
+            home.sidecar.path.removesuffix(".sim") + ".region" if home.sidecar else ""
+        )
         self.identity = Identity(f"sim:{self._profile.name}", self._profile.model)
         self._lock = threading.Lock()
         self._closing = threading.Event()

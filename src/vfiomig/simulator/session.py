@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from vfiomig.channel import PrecopyInfo
+from vfiomig.channel import Chunks, PrecopyInfo
 from vfiomig.errors import StaleChannelError
 from vfiomig.fd import OwnedFd
 from vfiomig.simulator.faults import Action, Fault
@@ -25,6 +25,8 @@ class Session:
 
     The caller has fileno() to close(), the device the rest.
     """
+
+    chunks: Chunks | None = None
 
     def __init__(self, device: str, data_fd: OwnedFd) -> None:
         self._device, self._data = device, data_fd

@@ -12,6 +12,8 @@ FILE.sim beside it keeps the parameters and the device state. Parameters of the 
     dirty=RATE          how fast the device changes its own state in PRE_COPY (default 0)
     precopy_end=enomsg|zero           what read() says when pre-copy has nothing now
     accept=any|fits|exact|complete    what RESUMING -> STOP takes; see profiles.Accept
+    protocol=v2|v1      v1: the legacy one, by a migration region; FILE.region while it is open
+    region=SIZE         v1: the data section of that region, the largest chunk (default 64K)
 
 Parameters of this opening, not kept:
 
@@ -28,11 +30,14 @@ from typing import Any, NamedTuple
 
 from vfiomig.errors import UsageError
 from vfiomig.quantities import parse_duration, parse_rate, parse_size
+from vfiomig.region import CAPABILITIES
 from vfiomig.simulator.faults import FaultScript, parse_errno, parse_fault
 from vfiomig.simulator.profiles import PROFILES, Accept, Precopy, Profile
 from vfiomig.uapi import Capability
 
 SCHEME = "sim:"
+# Ours: small enough that a state has several chunks, and what vendors' modules had at least.
+_REGION_BYTES, _MOST_REGION_BYTES = 64 << 10, 1 << 30
 _ENDS = {"enomsg": ENOMSG, "zero": 0}
 
 
@@ -49,6 +54,8 @@ class Parameters(NamedTuple):
     dirty: int
     drained_errno: int
     accept: Accept
+    protocol: str = "v2"
+    region: int = 0
 
     def as_texts(self) -> dict[str, str]:
         """Return the parameters as parse_parameters() takes them."""
@@ -62,6 +69,8 @@ class Parameters(NamedTuple):
             "precopy_end": next(k for k, v in _ENDS.items() if v == self.drained_errno),
             "accept": self.accept.value,
         }
+        if self.protocol == "v1":
+            texts |= {"protocol": self.protocol, "region": str(self.region)}
         return texts if self.initial is None else texts | {"initial": str(self.initial)}
 
 
@@ -127,7 +136,13 @@ def parse_parameters(texts: Mapping[str, str]) -> Parameters:
         drained_errno=profile.drained_errno,
         accept=profile.accept,
     )
-    found = found._replace(**_parsed(texts))
+    given = _parsed(texts)
+    found = found._replace(**given)
+    if found.protocol == "v1":
+        if "capabilities" not in given:
+            found = found._replace(capabilities=found.capabilities & CAPABILITIES)
+        if "region" not in given:
+            found = found._replace(region=_REGION_BYTES)
     _check(found)
     return found
 
@@ -159,6 +174,12 @@ def _check(found: Parameters) -> None:
         if profile.smallest_bytes == profile.largest_bytes:
             allowed = str(profile.size_bytes)
         raise UsageError(f"a {profile.name} device cannot have {found.size} bytes, only {allowed}")
+    if found.protocol == "v1" and found.capabilities != CAPABILITIES:
+        raise UsageError("a device with protocol v1 has stop_copy and pre_copy, and nothing else")
+    if found.region and found.protocol != "v1":
+        raise UsageError("only a device with protocol=v1 has a region")
+    if found.protocol == "v1" and not 0 < found.region <= _MOST_REGION_BYTES:
+        raise UsageError(f"a region of {found.region} bytes: 1 byte to 1 GiB")
     if found.capabilities & ~profile.capabilities:
         raise UsageError(f"a {profile.name} device has no such capability")
     if found.capabilities & Capability.PRE_COPY and profile.precopy is Precopy.NONE:
@@ -252,6 +273,12 @@ def _accept(text: str) -> Accept:
         raise UsageError(f"accept is any, fits, exact or complete, not {text!r}") from None
 
 
+def _protocol(text: str) -> str:
+    if text not in ("v1", "v2"):
+        raise UsageError(f"protocol is v2 or v1, not {text!r}")
+    return text
+
+
 _FIELDS = {"precopy_end": "drained_errno"}
 _DEVICE_KEYS: dict[str, Callable[[str], object]] = {
     "profile": str,
@@ -263,5 +290,7 @@ _DEVICE_KEYS: dict[str, Callable[[str], object]] = {
     "dirty": parse_rate,
     "precopy_end": _end,
     "accept": _accept,
+    "protocol": _protocol,
+    "region": parse_size,
 }
 _OPENING_KEYS = ("reported_size", "bandwidth", "latency", "chunk", "fault")
