@@ -10,7 +10,7 @@ import socket
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -54,6 +54,17 @@ class Dropping:
 
     def set_precopy_info_v2(self) -> bool:
         return False
+
+    def start_dma_logging(self, page_size_bytes: int, ranges: Sequence[tuple[int, int]]) -> int:
+        return page_size_bytes
+
+    def stop_dma_logging(self) -> None:
+        pass
+
+    def report_dma_logging(
+        self, iova: int, length_bytes: int, page_size_bytes: int, bitmap: bytearray
+    ) -> None:
+        pass
 
     def reset_device(self) -> None:
         self._state = DeviceState.RUNNING

@@ -36,7 +36,7 @@ class Run:
         return self.documents[-1]
 
 
-TYPES = {"progress", "transition", "warning", "frame", "result", "error"}
+TYPES = {"progress", "transition", "warning", "frame", "report", "result", "error"}
 OF_A_SESSION = {"listening", "connected", "stopping"}
 
 

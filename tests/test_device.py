@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from itertools import pairwise
 
@@ -63,6 +63,17 @@ class Ops:
     def set_precopy_info_v2(self) -> bool:
         self._fail("v2")
         return True
+
+    def start_dma_logging(self, page_size_bytes: int, ranges: Sequence[tuple[int, int]]) -> int:
+        raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+
+    def stop_dma_logging(self) -> None:
+        raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+
+    def report_dma_logging(
+        self, iova: int, length_bytes: int, page_size_bytes: int, bitmap: bytearray
+    ) -> None:
+        raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
 
     def reset_device(self) -> None:
         self.resets += 1

@@ -35,6 +35,8 @@ NUMBERS = {
     "VFIO_DEVICE_FEATURE_MIGRATION": uapi.Feature.MIGRATION,
     "VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE": uapi.Feature.MIG_DEVICE_STATE,
     "VFIO_DEVICE_FEATURE_DMA_LOGGING_START": uapi.Feature.DMA_LOGGING_START,
+    "VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP": uapi.Feature.DMA_LOGGING_STOP,
+    "VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT": uapi.Feature.DMA_LOGGING_REPORT,
     "VFIO_DEVICE_FEATURE_MIG_DATA_SIZE": uapi.Feature.MIG_DATA_SIZE,
     "VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2": uapi.Feature.MIG_PRECOPY_INFOV2,
     "VFIO_PRECOPY_INFO_REINIT": uapi.VFIO_PRECOPY_INFO_REINIT,
@@ -45,6 +47,9 @@ STRUCTS = {
     "vfio_device_feature_migration": uapi.FEATURE_MIGRATION,
     "vfio_device_feature_mig_state": uapi.FEATURE_MIG_STATE,
     "vfio_device_feature_mig_data_size": uapi.FEATURE_MIG_DATA_SIZE,
+    "vfio_device_feature_dma_logging_control": uapi.FEATURE_DMA_LOGGING_CONTROL,
+    "vfio_device_feature_dma_logging_range": uapi.FEATURE_DMA_LOGGING_RANGE,
+    "vfio_device_feature_dma_logging_report": uapi.FEATURE_DMA_LOGGING_REPORT,
     "vfio_precopy_info": uapi.PRECOPY_INFO,
     "vfio_group_status": uapi.GROUP_STATUS,
 }
@@ -70,8 +75,8 @@ def test_numbers_and_sizes_are_the_headers(tmp_path: Path) -> None:
     sizes = {f"sizeof(struct {name})": it.size for name, it in STRUCTS.items() if name in words}
     expected = known | sizes
     # 6.1, the oldest header we meet, has these many of them.
-    assert len(known) >= 25
-    assert len(sizes) >= 4
+    assert len(known) >= 27
+    assert len(sizes) >= 7
     assert dict(zip(expected, probe(list(expected), tmp_path), strict=True)) == expected
 
 
@@ -81,4 +86,7 @@ def test_numbers_are_those_measured_on_running_kernels() -> None:
     assert uapi.VFIO_MIG_GET_PRECOPY_INFO == 0x3B79
     assert uapi.FEATURE.size + uapi.FEATURE_MIG_STATE.size == 16
     assert uapi.PRECOPY_INFO.size == 24
+    assert uapi.FEATURE_DMA_LOGGING_CONTROL.size == 24
+    assert uapi.FEATURE_DMA_LOGGING_RANGE.size == 16
+    assert uapi.FEATURE_DMA_LOGGING_REPORT.size == 32
     assert uapi.BIND_IOMMUFD.size == 16

@@ -2,7 +2,7 @@
 
 import errno
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -55,6 +55,20 @@ class DeviceOps(Protocol):
 
     def set_precopy_info_v2(self) -> bool:
         """VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2; False where there is none."""
+        ...
+
+    def start_dma_logging(self, page_size_bytes: int, ranges: Sequence[tuple[int, int]]) -> int:
+        """VFIO_DEVICE_FEATURE_DMA_LOGGING_START; the page size that the device chose."""
+        ...
+
+    def stop_dma_logging(self) -> None:
+        """VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP; nothing once closed: closing has stopped it."""
+        ...
+
+    def report_dma_logging(
+        self, iova: int, length_bytes: int, page_size_bytes: int, bitmap: bytearray
+    ) -> None:
+        """VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT: sets the bits of pages that were written."""
         ...
 
     def reset_device(self) -> None:
@@ -115,6 +129,10 @@ class Device:
         A state change by it ends the session that start_session() gave, and nobody is told.
         """
         return self._ops
+
+    def take_over(self, ops: DeviceOps) -> None:
+        """Go on with ops, which opened the same device again after this one was closed."""
+        self._ops = ops
 
     @contextmanager
     def observed(self, on_event: "OnEvent | None") -> Iterator[None]:

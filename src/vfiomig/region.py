@@ -10,7 +10,7 @@ import fcntl
 import mmap
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from vfiomig.channel import Chunks, DataChannel, PrecopyInfo
@@ -102,6 +102,20 @@ class RegionOps:
     def set_precopy_info_v2(self) -> bool:
         """Return False: v1 has no such thing."""
         return False
+
+    def start_dma_logging(self, page_size_bytes: int, ranges: Sequence[tuple[int, int]]) -> int:
+        """VFIO_DEVICE_FEATURE_DMA_LOGGING_START: of the device itself, and of no protocol."""
+        return self.lower.start_dma_logging(page_size_bytes, ranges)
+
+    def stop_dma_logging(self) -> None:
+        """VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP."""
+        self.lower.stop_dma_logging()
+
+    def report_dma_logging(
+        self, iova: int, length_bytes: int, page_size_bytes: int, bitmap: bytearray
+    ) -> None:
+        """VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT."""
+        self.lower.report_dma_logging(iova, length_bytes, page_size_bytes, bitmap)
 
     def reset_device(self) -> None:
         """VFIO_DEVICE_RESET."""

@@ -67,6 +67,8 @@ class Feature(IntFlag):
     MIGRATION = 1
     MIG_DEVICE_STATE = 2
     DMA_LOGGING_START = 6
+    DMA_LOGGING_STOP = 7
+    DMA_LOGGING_REPORT = 8
     MIG_DATA_SIZE = 9
     MIG_PRECOPY_INFOV2 = 12
     GET = 1 << 16
@@ -111,6 +113,11 @@ FEATURE = struct.Struct("=II")  # vfio_device_feature: argsz, flags
 FEATURE_MIGRATION = struct.Struct("=Q")  # vfio_device_feature_migration: flags
 FEATURE_MIG_STATE = struct.Struct("=Ii")  # vfio_device_feature_mig_state: device_state, data_fd
 FEATURE_MIG_DATA_SIZE = struct.Struct("=Q")  # vfio_device_feature_mig_data_size: stop_copy_length
+# vfio_device_feature_dma_logging_control: page_size, num_ranges, reserved, ranges (an address).
+FEATURE_DMA_LOGGING_CONTROL = struct.Struct("=QIIQ")
+FEATURE_DMA_LOGGING_RANGE = struct.Struct("=QQ")  # ..._dma_logging_range: iova, length
+# vfio_device_feature_dma_logging_report: iova, length, page_size, bitmap (an address).
+FEATURE_DMA_LOGGING_REPORT = struct.Struct("=QQQQ")
 PRECOPY_INFO = struct.Struct("=IIQQ")  # vfio_precopy_info: argsz, flags, initial_bytes, dirty_bytes
 DEVICE_INFO = struct.Struct("=IIIIII")  # vfio_device_info: argsz, flags, regions, irqs, cap, pad
 # vfio_region_info: argsz, flags, index, cap_offset, size, offset; then a chain of capabilities.

@@ -9,8 +9,8 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from vfiomig import ioctl, sysfs, uapi
@@ -55,6 +55,7 @@ class KernelOps:
     def __init__(self, name: str, device_fd: OwnedFd, opened: ExitStack) -> None:
         """Take over opened, which closes device_fd and whatever has to outlive it."""
         self._name, self._fd, self._opened = name, device_fd, opened
+        self._is_logging = False
 
     def fileno(self) -> int:
         """Return the device_fd, for lending; still owned here, -1 once closed."""
@@ -81,6 +82,25 @@ class KernelOps:
         """Opt in to VFIO_PRECOPY_INFO_REINIT; False where there is no such thing."""
         return ioctl.set_precopy_info_v2(self._fd.fileno())
 
+    def start_dma_logging(self, page_size_bytes: int, ranges: Sequence[tuple[int, int]]) -> int:
+        """Log the device's writes into ranges; returns the page size that it chose."""
+        chosen = ioctl.start_dma_logging(self._fd.fileno(), page_size_bytes, ranges)
+        self._is_logging = True
+        return chosen
+
+    def stop_dma_logging(self) -> None:
+        """End the logging. Nothing once closed: close() has ended it."""
+        if self._fd.fileno() != -1:
+            ioctl.stop_dma_logging(self._fd.fileno())
+        self._is_logging = False
+
+    def report_dma_logging(
+        self, iova: int, length_bytes: int, page_size_bytes: int, bitmap: bytearray
+    ) -> None:
+        """Set the bits of pages that were written since they were last reported."""
+        fd = self._fd.fileno()
+        ioctl.report_dma_logging(fd, iova, length_bytes, page_size_bytes, bitmap)
+
     def reset_device(self) -> None:
         """Reset the device. Raises OSError: EAGAIN while its lock is busy."""
         ioctl.reset_device(self._fd.fileno())
@@ -91,6 +111,10 @@ class KernelOps:
 
     def close(self) -> None:
         """Close everything, the device first. Of a vfio-pci device the last close is a reset."""
+        if self._is_logging:
+            # A device that somebody else has open as well would go on logging for nobody.
+            with suppress(OSError):
+                self.stop_dma_logging()
         self._opened.close()
 
 

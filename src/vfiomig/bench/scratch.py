@@ -4,7 +4,9 @@ A simulated device keeps its old state until a load is committed, so each load h
 memory that was never touched costs a virtual machine more than the load.
 """
 
+import errno
 import os
+from collections.abc import Sequence
 
 from vfiomig.channel import FdChannel
 from vfiomig.device import Device
@@ -45,6 +47,20 @@ class ScratchOps:
     def set_precopy_info_v2(self) -> bool:
         """There is no pre-copy."""
         return False
+
+    def start_dma_logging(self, page_size_bytes: int, ranges: Sequence[tuple[int, int]]) -> int:
+        """There is no DMA to log."""
+        raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+
+    def stop_dma_logging(self) -> None:
+        """There is no DMA to log."""
+        raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+
+    def report_dma_logging(
+        self, iova: int, length_bytes: int, page_size_bytes: int, bitmap: bytearray
+    ) -> None:
+        """There is no DMA to log."""
+        raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
 
     def reset_device(self) -> None:
         """Be RUNNING. The memory stays in place: that is what it is for."""

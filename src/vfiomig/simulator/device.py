@@ -8,7 +8,7 @@ It obeys states.py, hands out real descriptors, and fails where it is told to (f
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Self
 
@@ -20,6 +20,7 @@ from vfiomig.fd import OwnedFd
 from vfiomig.identity import Identity
 from vfiomig.region import RegionOps
 from vfiomig.simulator.commit import commit
+from vfiomig.simulator.dma_log import DmaLog
 from vfiomig.simulator.drain import PipedLoad
 from vfiomig.simulator.faults import Action
 from vfiomig.simulator.feeder import PIPE_BYTES, PipedSave
@@ -81,6 +82,8 @@ class SimulatedOps:
             home.sidecar.path.removesuffix(".sim") + ".region" if home.sidecar else ""
         )
         self.identity = Identity(f"sim:{self._profile.name}", self._profile.model)
+        parameters = self._parameters
+        self._dma_log = DmaLog(parameters.dma_logging, opening.dma_writes, parameters.seed)
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._session: Session | None = None
@@ -141,6 +144,27 @@ class SimulatedOps:
                 channel = self._step(step)
             return channel
 
+    def start_dma_logging(self, page_size_bytes: int, ranges: Sequence[tuple[int, int]]) -> int:
+        """VFIO_DEVICE_FEATURE_DMA_LOGGING_START."""
+        with self._device():
+            self._meet("log-start")
+            return self._dma_log.start(page_size_bytes, ranges)
+
+    def stop_dma_logging(self) -> None:
+        """VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP; nothing once closed."""
+        if not self._closing.is_set():
+            with self._device():
+                self._meet("log-stop")
+                self._dma_log.stop()
+
+    def report_dma_logging(
+        self, iova: int, length_bytes: int, page_size_bytes: int, bitmap: bytearray
+    ) -> None:
+        """VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT."""
+        with self._device():
+            self._meet("log-report")
+            self._dma_log.report(iova, length_bytes, page_size_bytes, bitmap)
+
     def reset_device(self) -> None:
         """VFIO_DEVICE_RESET: RUNNING, and the state is lost (of mtty it stays)."""
         with self._device():
@@ -163,6 +187,11 @@ class SimulatedOps:
         What it did, not what it was asked, resets and errors included; the last 1024.
         """
         return list(self._home.entered)
+
+    def write_memory(self, iova: int, length_bytes: int) -> None:
+        """Do as if the device had written there: into its DMA log, if that is on."""
+        with self._device():
+            self._dma_log.mark(iova, length_bytes)
 
     def state_digest(self) -> str:
         """Return the BLAKE2b-128 of the state."""
@@ -212,6 +241,9 @@ class SimulatedOps:
             self._commit()
         elif states.ends_session(before, target):
             self._leave_saving(before)
+            logging = self._parameters.dma_logging
+            if before is S.STOP_COPY and logging and logging.ends_with_stop_copy:
+                self._dma_log.stop()
         begun = self._begin(target) if states.starts_session(before, target) else None
         if self._precopy is not None:
             self._precopy.advance(before, target)

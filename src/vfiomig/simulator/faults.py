@@ -12,6 +12,7 @@
     info:GARBAGE              ... gives numbers that cannot be
     info:REINIT               ... starts over: the whole state is initial data again
     reset:ERRNO               VFIO_DEVICE_RESET fails
+    log-start:ERRNO           the DMA log cannot be started; also log-report: and log-stop:
     async-reset:read@BYTE     the device is reset underneath, at this byte of a save
     async-reset:write@BYTE    ... of a load
     async-reset:set@STATE     ... right after it entered STATE
@@ -45,7 +46,8 @@ class Action(Enum):
 
 _AT_BYTE = ("read", "write")
 _AT_STATE = ("set", "set-after")
-_ANYWHERE = ("get", "caps", "size", "info", "reset")
+_LOGGING = ("log-start", "log-report", "log-stop")
+_ANYWHERE = ("get", "caps", "size", "info", "reset", *_LOGGING)
 _HANGS = ("read", "write", "set", "get", "reset")
 _RESETS = ("read", "write", "set")
 NAMES = (*_AT_BYTE, *_AT_STATE, *_ANYWHERE, "async-reset", "hang")
@@ -121,7 +123,11 @@ def parse_fault(text: str) -> Fault:
 def parse_errno(name: str) -> int:
     """Return the number of an errno's name, such as EIO. Raises UsageError."""
     numbers = {text: number for number, text in errno.errorcode.items()}
-    numbers |= {"ENOTSUP": errno.ENOTSUP, "EWOULDBLOCK": errno.EWOULDBLOCK}
+    numbers |= {
+        "EOPNOTSUPP": errno.EOPNOTSUPP,
+        "ENOTSUP": errno.ENOTSUP,
+        "EWOULDBLOCK": errno.EWOULDBLOCK,
+    }
     try:
         return numbers[name.upper()]
     except KeyError:

@@ -45,6 +45,24 @@ class Precopy(Enum):
     COPIES = auto()  # the state, then a whole new copy once a second: never converges
 
 
+class DmaLogging(NamedTuple):
+    """How a driver logs the device's writes to memory, beyond what the kernel's core checks."""
+
+    # START takes more, and logs the gaps between the nearest as well.
+    most_ranges: int = 2**31
+    # START's page size is brought into these bounds.
+    page_min: int = 1
+    page_max: int = 2**63
+    # From the first byte of all ranges to the last; more is EOPNOTSUPP.
+    longest_span: int = 2**64
+    # REPORT answers EINVAL for what does not lie in one range of START.
+    in_one_range: bool = False
+    # Leaving STOP_COPY ends it.
+    ends_with_stop_copy: bool = False
+    # Takes everything, at any time, and never has anything to report.
+    is_stub: bool = False
+
+
 class Profile(NamedTuple):
     """One driver. The errnos are what it answers; 0 where it never refuses."""
 
@@ -78,6 +96,8 @@ class Profile(NamedTuple):
     # A refused target also stops the device: only a reset helps.
     refusal_stops: bool = False
     reset_blanks: bool = True
+    # None: ENOTTY.
+    dma_logging: DmaLogging | None = None
 
     @property
     def header(self) -> bytes:
@@ -106,6 +126,7 @@ def _mtty(ports: int) -> Profile:
             MTTY_HEADER.size + _MTTY_PORT_BYTES * port + _MTTY_SCRATCH for port in range(ports)
         ),
         reset_blanks=False,
+        dma_logging=DmaLogging(is_stub=True),
     )
 
 
@@ -116,6 +137,7 @@ _GENERIC = Profile(
     size_bytes=16 << 20,
     precopy=Precopy.DIRTY,
     drained_errno=errno.ENOMSG,
+    dma_logging=DmaLogging(),
 )
 _MLX5 = Profile(
     name="mlx5",
@@ -123,6 +145,8 @@ _MLX5 = Profile(
     size_bytes=16 << 20,
     precopy=Precopy.DIRTY,
     drained_errno=errno.ENOMSG,
+    # mlx5vf_start_page_tracker(); the numbers are the firmware's to choose, and here ours.
+    dma_logging=DmaLogging(most_ranges=16, page_min=4096, page_max=2 << 20, longest_span=1 << 42),
 )
 _VIRTIO = Profile(
     name="virtio",
@@ -169,6 +193,8 @@ _PDS = Profile(
     accept=Accept.FITS,
     too_long_errno=errno.EINVAL,
     reported_bytes=_PDS_BYTES,
+    # pds_vfio_dirty_enable(), pds_vfio_dirty_sync(); the number of ranges as of mlx5.
+    dma_logging=DmaLogging(most_ranges=16, in_one_range=True, ends_with_stop_copy=True),
 )
 _XE = Profile(
     name="xe",

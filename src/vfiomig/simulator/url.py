@@ -14,6 +14,7 @@ FILE.sim beside it keeps the parameters and the device state. Parameters of the 
     accept=any|fits|exact|complete    what RESUMING -> STOP takes; see profiles.Accept
     protocol=v2|v1      v1: the legacy one, by a migration region; FILE.region while it is open
     region=SIZE         v1: the data section of that region, the largest chunk (default 64K)
+    dma_log=0|1         whether it logs its writes to memory (default: as its profile)
 
 Parameters of this opening, not kept:
 
@@ -21,6 +22,7 @@ Parameters of this opening, not kept:
     bandwidth=RATE      how fast reads and writes go
     latency=DURATION    how long each burst of reads (a chunk, or 1 MiB) takes to begin
     chunk=SIZE          the most that one read gives
+    dma_writes=COUNT    pages of 4 KiB that it writes to memory between two reports of its DMA log
     fault=...           see faults.py; may be repeated
 """
 
@@ -32,7 +34,7 @@ from vfiomig.errors import UsageError
 from vfiomig.quantities import parse_duration, parse_rate, parse_size
 from vfiomig.region import CAPABILITIES
 from vfiomig.simulator.faults import FaultScript, parse_errno, parse_fault
-from vfiomig.simulator.profiles import PROFILES, Accept, Precopy, Profile
+from vfiomig.simulator.profiles import PROFILES, Accept, DmaLogging, Precopy, Profile
 from vfiomig.uapi import Capability
 
 SCHEME = "sim:"
@@ -56,6 +58,7 @@ class Parameters(NamedTuple):
     accept: Accept
     protocol: str = "v2"
     region: int = 0
+    dma_logging: DmaLogging | None = None
 
     def as_texts(self) -> dict[str, str]:
         """Return the parameters as parse_parameters() takes them."""
@@ -71,6 +74,8 @@ class Parameters(NamedTuple):
         }
         if self.protocol == "v1":
             texts |= {"protocol": self.protocol, "region": str(self.region)}
+        if self.dma_logging != self.profile.dma_logging:
+            texts["dma_log"] = "1" if self.dma_logging else "0"
         return texts if self.initial is None else texts | {"initial": str(self.initial)}
 
 
@@ -82,6 +87,7 @@ class Opening(NamedTuple):
     bandwidth: int
     latency_ns: int
     chunk: int
+    dma_writes: int
     faults: FaultScript
 
     @property
@@ -137,7 +143,9 @@ def parse_parameters(texts: Mapping[str, str]) -> Parameters:
         accept=profile.accept,
     )
     given = _parsed(texts)
-    found = found._replace(**given)
+    is_logging = given.pop("dma_log", bool(profile.dma_logging))
+    logging = (profile.dma_logging or DmaLogging()) if is_logging else None
+    found = found._replace(dma_logging=logging, **given)
     if found.protocol == "v1":
         if "capabilities" not in given:
             found = found._replace(capabilities=found.capabilities & CAPABILITIES)
@@ -204,6 +212,7 @@ def _opening(texts: Mapping[str, str], faults: list[str]) -> Opening:
         bandwidth=_positive(parse_rate, texts, "bandwidth"),
         latency_ns=_positive(parse_duration, texts, "latency"),
         chunk=_positive(parse_size, texts, "chunk"),
+        dma_writes=_positive(_number, texts, "dma_writes"),
         faults=FaultScript([parse_fault(text) for text in faults]),
     )
 
@@ -212,7 +221,7 @@ def _positive(parse: Callable[[str], int], texts: Mapping[str, str], key: str) -
     if key not in texts:
         return 0
     value = parse(texts[key])
-    if not value:
+    if value <= 0:
         raise UsageError(f"{key} must be more than nothing: {texts[key]!r}")
     return value
 
@@ -279,6 +288,12 @@ def _protocol(text: str) -> str:
     return text
 
 
+def _switch(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise UsageError(f"dma_log is 0 or 1, not {text!r}")
+    return text == "1"
+
+
 _FIELDS = {"precopy_end": "drained_errno"}
 _DEVICE_KEYS: dict[str, Callable[[str], object]] = {
     "profile": str,
@@ -292,5 +307,6 @@ _DEVICE_KEYS: dict[str, Callable[[str], object]] = {
     "accept": _accept,
     "protocol": _protocol,
     "region": parse_size,
+    "dma_log": _switch,
 }
-_OPENING_KEYS = ("reported_size", "bandwidth", "latency", "chunk", "fault")
+_OPENING_KEYS = ("reported_size", "bandwidth", "latency", "chunk", "dma_writes", "fault")
