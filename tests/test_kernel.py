@@ -269,7 +269,15 @@ def test_the_device_is_named_and_identified(fake: FakeKernel) -> None:
 
 def test_a_device_without_migration_is_closed_again(fake: FakeKernel) -> None:
     fake.errors["get_migration_flags"] = errno.ENOTTY
+    fake.answers["get_device_info"] = (0, 9, 5)
     with pytest.raises(errors.NotMigratableError):
+        kernel.open_kernel(fake.host(), dev_root=fake.tree.dev)
+
+
+def test_a_device_whose_regions_cannot_be_asked_for_is_closed_again(fake: FakeKernel) -> None:
+    fake.errors["get_migration_flags"] = errno.ENOTTY
+    fake.errors["get_device_info"] = errno.EIO
+    with pytest.raises(errors.DeviceIOError, match="looking for a migration region"):
         kernel.open_kernel(fake.host(), dev_root=fake.tree.dev)
 
 
