@@ -89,7 +89,8 @@ def test_a_file_gets_a_thread_where_reads_wait(
         writer = ring_of(dst, slots)
         assert writer.copy(read_end.fileno(), counted(), EVERYTHING) is Outcome.END_OF_STREAM
         feeder.join()
-        assert len(thread_ids() - before) == (slots > 1)
+        # A thread that was joined may not have left the kernel yet.
+        assert len(thread_ids() - before - {feeder.native_id}) == (slots > 1)
         assert whole(dst) == STREAM
 
 
