@@ -71,6 +71,20 @@ ANSWERS = {
     ),
     "check": (["check", "sim:source", "sim:"], 0, "sim: fits sim:source", "fits"),
     "check misfit": (["check", "state.vmig", "sim:?profile=xe"], 12, "does not fit", "fields"),
+    "conform": (["conform", "sim:source"], 0, r"end-stays\s+pass  3 more reads gave 0", "totals"),
+    "conform fail": (
+        ["conform", "sim:?profile=hisi", "--destructive", "--only", "load"],
+        6,
+        r"^fail: refused-stays-refused$",
+        "rules",
+    ),
+    "conform list": (["conform", "--list"], 0, r"save\s+end-stays", "rules"),
+    "dirty": (
+        ["dirty", "sim:?dma_writes=9", "--range", "1M:1M", "--interval", "1ms", "--count", "2"],
+        0,
+        r"dirtied\s+18 pages, 72 KiB",
+        "dirty_pages",
+    ),
     "resolve": (["resolve", "--journal", "j"], 0, "no session has a journal in j", "sessions"),
 }
 
@@ -167,8 +181,19 @@ ERRORS = {
     "no P2P": (["send", "sim:?profile=hisi", "sim:?profile=hisi", "tcp::1"], 3, "has no P2P"),
     "no bandwidth": (["estimate", "sim:"], 2, "--bandwidth"),
     "check nothing": (["check", "sim:", "none"], 2, "'none' is no name of a device"),
+    "no dirty range": (["dirty", "sim:"], 2, "--range"),
+    "dirty range": (["dirty", "sim:", "--range", "4096"], 2, "'4096' is not IOVA:LENGTH"),
+    "dirty address": (["dirty", "sim:", "--range", "0xg:1"], 2, "'0xg' is not an address"),
+    "dirty alignment": (["dirty", "sim:", "--range", "1:4K"], 2, "not aligned to pages of 4096"),
+    "dirty page": (["dirty", "sim:", "--range", "0:4K", "--page-size", "2K"], 2, "power of two"),
+    "dirty time": (["dirty", "sim:", "--range", "0:4K", "--interval", "0s"], 2, "--interval"),
+    "dirty count": (["dirty", "sim:", "--range", "0:4K", "--count", "0"], 2, "'0' is not a number"),
+    "no DMA log": (["dirty", "sim:?profile=xe", "--range", "0:4K"], 3, "no DMA logging"),
     "session": (["resolve", "xyz", "--journal", "j"], 2, "'xyz' is no session"),
     "no session": (["resolve", "abcd", "--journal", "j"], 5, "there is no session abcd in j"),
+    "conform nothing": (["conform"], 2, "which DEVICE?"),
+    "conform rule": (["conform", "sim:", "--only", "luck"], 2, "no rule and no group 'luck'"),
+    "conform file": (["conform", "sim:", "--junit", "none/x"], 10, "cannot write none/x"),
     "missing diff": (["diff", "state.vmig", "none"], 10, "cannot open none"),
 }
 

@@ -12,15 +12,15 @@ import vfiomig
 ROOT = Path(vfiomig.__file__).parent
 # docs/architecture.md has the same levels with words. "vfiomig" is the package itself.
 LEVELS = [
-    {"_fastcopy", "uapi", "_version"},
-    {"errors", "states", "fd", "identity", "framing", "threads"},
+    {"_fastcopy", "uapi", "_version", "bitmap"},
+    {"errors", "states", "fd", "identity", "framing", "threads", "dirty_report"},
     {"quantities", "ioctl", "report", "worker", "sysfs", "switchover"}
     | {"framing.native", "framing.qemu", "framing.strict_json"},
     {"channel", "transport", "recorder", "doctor", "framing.manifest"},
     {"device", "outgoing", "options", "incoming.checked", "fit", "rates"},
     {"incoming.native_frames", "incoming.qemu_sections", "copyloop"},
     {"incoming"},
-    {"save", "load", "inspection", "lending", "region"},
+    {"save", "load", "inspection", "lending", "region", "dirty"},
     {"backends.kernel_region"},
     {"backends.kernel"},
     # A session between two hosts: what is said, what carries it, one device, both ends.
@@ -38,12 +38,24 @@ LEVELS = [
     {"simulator"},
     {"simulator.faults", "simulator.profiles", "simulator.updates", "simulator.file"},
     {"simulator.url", "simulator.session"},
-    {"simulator.content"},
+    {"simulator.content", "simulator.dma_log"},
     {"simulator.storage"},
     {"simulator.commit", "simulator.home", "simulator.feeder"},
     {"simulator.drain", "simulator.precopy", "simulator.region"},
     {"simulator.device"},
     {"backends"},
+    # The conformance check: what is seen, the device under test, a rule, groups of them, the run.
+    {"conform.result", "conform.raw", "conform.streams", "conform.owner"},
+    {"conform.findings"},
+    {"conform.subject"},
+    {"conform.rule"},
+    {"conform.dma_logging"},
+    {"conform.features", "conform.paths", "conform.saving", "conform.precopy"}
+    | {"conform.descriptors", "conform.dma_reports", "conform.refusals", "conform.loading"}
+    | {"conform.resets", "conform.owners"},
+    {"conform.catalog", "conform.junit"},
+    {"conform.run"},
+    {"conform"},
     {"live.remains"},
     {"live.resolve"},
     {"vfiomig"},
@@ -59,7 +71,7 @@ LEVELS = [
     {"bench.notes", "bench.table", "bench.export"},
     {"bench.plot"},
     {"cli.output", "cli.host_values"},
-    {"cli.arguments", "cli.transfer_text", "cli.watch", "cli.live_text"},
+    {"cli.arguments", "cli.transfer_text", "cli.watch", "cli.live_text", "cli.dirty_text"},
     {"cli.live_arguments", "cli.far_end"},
     {f"cli.{path.stem}" for path in (ROOT / "cli").glob("*_command.py")},
     {"cli"},

@@ -41,7 +41,10 @@ from vfiomig.uapi import Capability, DeviceState
 
 if TYPE_CHECKING:
     from vfiomig.backends import open_device
+    from vfiomig.conform import ArcTime, Conformance, RuleResult, Verdict, conform
     from vfiomig.device import Device
+    from vfiomig.dirty import DirtyLog, stop_logging
+    from vfiomig.dirty_report import DirtyPages, DirtyPiece, DirtyReport
     from vfiomig.identity import Identity
     from vfiomig.inspection import Inspection, inspect
     from vfiomig.live.destination import receive
@@ -68,11 +71,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AccessError",
+    "ArcTime",
     "AuthenticationError",
     "Cancellation",
     "CancelledError",
     "Capability",
     "Chunk",
+    "Conformance",
     "Connected",
     "Device",
     "DeviceBusyError",
@@ -80,6 +85,10 @@ __all__ = [
     "DeviceLostError",
     "DeviceState",
     "DeviceStateError",
+    "DirtyLog",
+    "DirtyPages",
+    "DirtyPiece",
+    "DirtyReport",
     "Event",
     "Identity",
     "IllegalArcError",
@@ -102,6 +111,7 @@ __all__ = [
     "QemuFraming",
     "ReceiveOptions",
     "ResourceLimitError",
+    "RuleResult",
     "SaveOptions",
     "SendOptions",
     "StaleChannelError",
@@ -112,24 +122,33 @@ __all__ = [
     "TlsFiles",
     "TransferReport",
     "UsageError",
+    "Verdict",
     "Warning",
     "__version__",
+    "conform",
     "inspect",
     "load",
     "open_device",
     "receive",
     "save",
     "send",
+    "stop_logging",
 ]
 
 # Where the names are that only mypy sees imported above. A room is imported when the first of its
 # names is asked for: start-up is most of what a short command takes. tests/test_imports.py
 # compares the two lists.
 _ROOMS = {
+    "ArcTime": "conform",
     "Cancellation": "worker",
     "Chunk": "report",
+    "Conformance": "conform",
     "Connected": "report",
     "Device": "device",
+    "DirtyLog": "dirty",
+    "DirtyPages": "dirty_report",
+    "DirtyPiece": "dirty_report",
+    "DirtyReport": "dirty_report",
     "Event": "report",
     "Identity": "identity",
     "Inspection": "inspection",
@@ -142,18 +161,22 @@ _ROOMS = {
     "Progress": "report",
     "QemuFraming": "options",
     "ReceiveOptions": "live.options",
+    "RuleResult": "conform",
     "SaveOptions": "options",
     "SendOptions": "live.options",
     "StateChange": "report",
     "TlsFiles": "live.tls",
     "TransferReport": "report",
+    "Verdict": "conform",
     "Warning": "report",
+    "conform": "conform",
     "inspect": "inspection",
     "load": "load",
     "open_device": "backends",
     "receive": "live.destination",
     "save": "save",
     "send": "live.source",
+    "stop_logging": "dirty",
 }
 
 

@@ -32,7 +32,9 @@ COMMANDS = {
     "diff": "whether two streams hold the same state",
     "state": "the state a device is in, or a change of it",
     "reset": "reset a device: RUNNING, and blank",
+    "conform": "whether a driver keeps the rules of migration: for its authors",
     "resolve": "decide what becomes of devices after a migration without an end",
+    "dirty": "which pages of memory a device writes, and how fast",
     "bench": "how fast a device is saved, beside tools that only copy",
     "hold": "open devices once, keep them open, and lend them to other commands",
 }
