@@ -51,6 +51,7 @@ PRE_COPY = SaveOptions(pre_copy=PreCopyLimits())
 MODES = {
     "native": SaveOptions(buffer_bytes=4096),
     "pre-copy": PRE_COPY,
+    "zeros kept": SaveOptions(buffer_bytes=4096, elide_zeros=False),
     "large buffer": SaveOptions(buffer_bytes=4 << 20),
     "qemu": SaveOptions(framing=QemuFraming(), buffer_bytes=4096),
     "qemu pre-copy": SaveOptions(framing=QemuFraming(), pre_copy=PreCopyLimits()),
@@ -183,6 +184,17 @@ def test_a_smaller_region_is_refused_before_the_device_is_touched(tmp_path: Path
         assert f"{DATA_AT + DATA_BYTES} bytes" in str(err)
         assert "--allow-mismatch region_bytes" in err.hint
         assert (destination.content(), destination.chunks) == (before, [])
+
+
+def test_a_region_too_large_for_qemus_records_is_refused_before_anything_is_done(
+    tmp_path: Path,
+) -> None:
+    with V1Device("", "sim:?protocol=v1&size=1000&region=128M") as device:
+        options = SaveOptions(framing=QemuFraming())
+        with pytest.raises(UsageError, match="migration region of 134221824 bytes"):
+            save(device, tmp_path / "out", options)
+        assert (device.state(), names_in(tmp_path)) == (S.RUNNING, [])
+        save(device, tmp_path / "out")
 
 
 @pytest.mark.parametrize("framing", ["native", "qemu"])

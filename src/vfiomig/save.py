@@ -118,7 +118,13 @@ class _Saving:
             size = min(buffer_bytes, qemu.record_bytes(length))
             if region_bytes := self._device.region_bytes:
                 # A DATA record cannot go on in another: it has to hold a chunk, whatever its size.
-                size = max(native.FILE_ALIGN, min(region_bytes, native.MAX_FRAME_BYTES))
+                size = max(native.FILE_ALIGN, region_bytes)
+                if size > native.MAX_FRAME_BYTES:
+                    raise UsageError(
+                        f"{self._device.name} has a migration region of {region_bytes} bytes, and"
+                        f" QEMU's records hold {native.MAX_FRAME_BYTES} here",
+                        hint="native framing takes chunks of any size",
+                    )
             writer = self._new_writer(size, 0, leave_holes=self._sink.is_new_file)
             return writer, QemuOutgoing(writer, section)
         grown_bytes = GROWN_BUFFER_BYTES if is_auto and not self._device.region_bytes else 0

@@ -180,6 +180,6 @@ def template(
         kind_at=_KIND_AT,
         zeros_kind=FrameKind.ZEROS if elide else -1,
         flags_at=_FLAGS_AT,
-        continued=FrameFlag.CONTINUED if elide else 0,
+        continued=FrameFlag.CONTINUED if kind in DEVICE_KINDS else 0,
         largest_bytes=_MAX_PAYLOAD[kind],
     )
