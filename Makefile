@@ -6,7 +6,7 @@ SOURCES := pyproject.toml setup.py $(wildcard src/_fastcopy.pyx src/fastcopy/*) 
 LAB := $(BIN)/python tests/vm/lab.py
 KERNEL_TESTS := $(abspath $(BIN))/python -B -m pytest -p no:cacheprovider -q tests/kernel
 
-.PHONY: demo test lint test-host test-wheel test-vm test-cdev bench bench-programs clean
+.PHONY: demo test lint test-host test-wheel test-vm test-cdev test-driver bench bench-programs clean
 
 demo: .venv/ready
 	$(BIN)/python tools/demo.py
@@ -37,6 +37,15 @@ test-cdev: .venv/ready-test
 	$(LAB) prepare --kernel cdev
 	$(LAB) run --kernel cdev --env VFIOMIG_REQUIRE_KERNEL=1 --env VFIOMIG_REQUIRE_CDEV=1 \
 		-- $(KERNEL_TESTS)
+
+# The test device's driver, abused on a kernel that finds its mistakes; cached.
+# VFIOMIG_ABUSE_ROUNDS=N: longer; VFIOMIG_ABUSE_SEED=N: what a failure said, again.
+test-driver: .venv/ready-test
+	$(LAB) prepare --kernel debug
+	$(LAB) run --kernel debug --cpus 2 --memory 2G --timeout 60 -- $(abspath $(BIN))/python -B \
+		tests/abuse/main.py \
+		$(if $(VFIOMIG_ABUSE_ROUNDS),--rounds $(VFIOMIG_ABUSE_ROUNDS)) \
+		$(if $(VFIOMIG_ABUSE_SEED),--seed $(VFIOMIG_ABUSE_SEED))
 
 bench: .venv/ready-test
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=func -q --rootdir . $(if $(QUICK),--quick)

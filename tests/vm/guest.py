@@ -19,10 +19,17 @@ from vm.kernels import HERE, Kernel, LabError, read_module
 
 # The guest mounts a tmpfs there: what the host has below them must be shared by name.
 HIDDEN = (Path("/tmp"), Path("/var/tmp"), Path("/run"), Path("/dev"))
-# The kernel's reports of its own bugs, behind printk's time stamp (and caller, if configured).
+# How a kernel's report of a bug of its own begins. KASAN's begin with "BUG: ", most of lockdep's
+# with "WARNING: ", and some with "[ BUG: ".
+REPORT = re.compile(
+    r"(?:-+\[ cut here|\[ BUG: |BUG[: ]|Oops: |WARNING: |Kernel panic|UBSAN: |"
+    r"general protection fault|watchdog: BUG|INFO: task .* blocked|rcu: INFO: .* detected|"
+    r"INFO: trying to register non-static key|sysfs: cannot create duplicate|"
+    r"kobject: .* tried to init an initialized object|Unable to handle kernel).*"
+)
+# On the console it stands behind printk's time stamp (and caller, if configured).
 OOPS = re.compile(
-    r"^\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? (?:-+\[ cut here|BUG: |Oops: |WARNING: |Kernel panic|"
-    r"general protection fault|watchdog: BUG|INFO: task .* blocked|rcu: INFO: .* detected).*",
+    rf"^\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? {REPORT.pattern}",
     re.MULTILINE,
 )
 POLL_S = 0.1
@@ -33,7 +40,7 @@ POWER_OFF_S = 30
 # Stall detectors off: on a busy machine a TCG guest stalls for seconds without any bug.
 BOOT_OPTIONS = (
     "console=ttyS0 panic=-1 nokaslr mitigations=off tsc=reliable random.trust_cpu=on "
-    "rcupdate.rcu_cpu_stall_suppress=1 nowatchdog"
+    "rcupdate.rcu_cpu_stall_suppress=1 nowatchdog pci=noacpi"
 )
 
 

@@ -39,6 +39,10 @@ stage1() {
     mkdir -p /host/run/lab/bin
     cp /bin/busybox /host/run/lab/bin/
     cp /init /lab/settings /host/run/lab/
+    # For who takes the test device's module out, to put it in again.
+    for module in /modules/*vfiomig_test.ko; do
+        [ ! -e "$module" ] || cp "$module" /host/run/lab/vfiomig_test.ko
+    done
     exec switch_root -c /dev/console /host /run/lab/bin/busybox sh /run/lab/init stage2
 }
 

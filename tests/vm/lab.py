@@ -43,7 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _end)
     try:
-        kernel = kernels.prepare(options.kernel, kernels.cache_folder())
+        cache = kernels.cache_folder()
+        kernel = kernels.prepare(options.kernel, cache)
+        if not options.no_driver:
+            kernel = kernels.with_driver(kernel, cache)
         if options.action == "prepare":
             sys.stdout.write(f"{kernel.image}\n")
             return 0
@@ -110,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     run = actions.add_parser("run", help="run a command in a guest")
     for action in (prepare, run):
         action.add_argument("--kernel", choices=kernels.NAMES, default="debian")
+        action.add_argument("--no-driver", action="store_true",
+            help="without the test device of the folder driver")  # fmt: skip
     add = run.add_argument
     add("--mtty", action="append", type=_device, metavar="UUID:TYPE",
         help="create this device (repeatable; default: two mtty-2 and two mtty-1)")  # fmt: skip
