@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kernel import migtest
 from kernel.live import Ends
 from kernel.mtty import DESTINATION, PORTS, SOURCE, Mtty, Port, state_bytes
 from kernel.streams import PIPE_BYTES, saved
@@ -26,6 +27,17 @@ def lab() -> list[Mtty]:
     if all(kinds.count(kind) >= 2 for kind in PORTS):
         return devices
     reason = "needs two mtty-1 and two mtty-2 devices, in VFIOMIG_MTTY: see tests/vm/README.md"
+    if os.environ.get("VFIOMIG_REQUIRE_KERNEL") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def driver() -> None:
+    """The module of the test device, which makes devices as kernel/migtest.py asks for them."""
+    if migtest.is_there():
+        return
+    reason = "needs the module vfiomig_test of the folder driver: see tests/vm/README.md"
     if os.environ.get("VFIOMIG_REQUIRE_KERNEL") == "1":
         pytest.fail(reason)
     pytest.skip(reason)
