@@ -67,7 +67,8 @@ def no_leak() -> Iterator[None]:
     """No descriptor and no thread is left of what happened within."""
     before = _descriptors(), set(threading.enumerate())
     yield
-    assert (_descriptors(), set(threading.enumerate())) == before
+    after = _descriptors(), set(threading.enumerate())
+    assert after == before, f"{before} became {after}"
 
 
 def _descriptors() -> dict[str, str]:

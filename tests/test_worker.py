@@ -83,15 +83,17 @@ def test_signals_arrive_in_the_main_thread_while_the_job_runs(
 
 
 class Interrupting:
-    """A handler that raises each time, and lets the job wait until it does."""
+    """A handler that raises each time until is_over, and lets the job wait until it does."""
 
     def __init__(self, error: BaseException) -> None:
         self._error, self._raised, self.times = error, threading.Semaphore(0), 0
+        self.is_over = False
 
     def __call__(self) -> None:
         self.times += 1
         self._raised.release()
-        raise self._error if self.times == 1 else RuntimeError("a later one")
+        if not self.is_over:
+            raise self._error if self.times == 1 else RuntimeError("a later one")
 
     def strike(self) -> None:
         send()
@@ -157,6 +159,7 @@ def test_a_signal_that_another_thread_takes_does_not_tear_the_roll_back(
         with pytest.raises((KeyboardInterrupt, RuntimeError)):
             run_shielded(job, cancellation)
     finally:
+        interrupt.is_over = True
         over.set()
         other.join()
     assert len(log) == 100
