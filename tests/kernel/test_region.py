@@ -23,6 +23,7 @@ from vfiomig import (
     save,
 )
 from vfiomig.backends.kernel_region import find_region
+from vfiomig.incoming.checked import FrameInfo
 from vfiomig.region import RegionOps
 
 S = DeviceState
@@ -78,16 +79,33 @@ def test_chunks_keep_their_sizes(tmp_path: Path) -> None:
         open_device(source.uuid) as device,
     ):
         save(device, tmp_path / "out", options)
-    frames: list[tuple[int, bool]] = []
-    inspect(tmp_path / "out", on_frame=lambda at: frames.append((at.length_bytes, at.ends_chunk)))
-    for length, ends in frames[1:-1]:
-        chunk += length
-        if ends:
+    frames: list[FrameInfo] = []
+    inspect(tmp_path / "out", on_frame=frames.append)
+    for frame in frames:
+        if frame.kind == "DATA":
+            chunk += frame.length_bytes
+        if frame.ends_chunk:
             sizes.append(chunk)
             chunk = 0
     assert sum(sizes) == 100_000
     assert max(sizes) <= 30_000
     assert len(sizes) == 4
+
+
+@pytest.mark.parametrize("options", MODES.values(), ids=MODES)
+def test_a_device_that_takes_chunks_only_as_they_left_takes_them(
+    tmp_path: Path, options: SaveOptions
+) -> None:
+    shape = {"state_bytes": 100_000, "region_data_bytes": 30_000, "region_framed": 1}
+    with (
+        MigTest.created("v1", **shape) as source,
+        MigTest.created("v1", seed=5, **shape) as destination,
+    ):
+        with open_device(source.uuid) as device:
+            save(device, tmp_path / "out", options)
+        with open_device(destination.uuid) as device:
+            load(tmp_path / "out", device)
+        assert destination.contents == source.contents
 
 
 def test_a_smaller_region_is_refused_before_the_first_write(tmp_path: Path) -> None:
