@@ -19,7 +19,7 @@ from abuse.children import FoundError, Tell, start
 from abuse.fitness import check_fit, made, opened, reset
 from kernel import migtest
 from kernel.migtest import DEVICES, PARENT, MigTest
-from vfiomig import MigrationError, ioctl, uapi
+from vfiomig import MigrationError, uapi
 from vfiomig.uapi import DeviceState, Feature
 
 _POINTS_MOST = 150
@@ -83,8 +83,9 @@ def stillborn(chance: random.Random) -> None:
     def work(_tell: Tell) -> None:
         fd = os.open(create, os.O_WRONLY)
         for _ in _failing(lambda: os.write(fd, _UUID.encode())):
+            # Some points are of no consequence.
             if (DEVICES / _UUID).exists():
-                check_fit(device, kind)
+                _check_alive(device)
                 device.remove()
         os.close(fd)
         device.remove()
@@ -102,12 +103,19 @@ def stillborn(chance: random.Random) -> None:
     device.remove()
 
 
+def _check_alive(device: MigTest) -> None:
+    with opened(device) as device_fd:
+        reset(device_fd)
+    if device.state is not DeviceState.RUNNING or int(device.digest, 16) == 0:
+        raise FoundError("a device that was made is not there")
+
+
 def _starve(request: Callable[[Victim], Callable[[], object]], victim: Victim) -> None:
     call = request(victim)
     for _ in _failing(call):
         victim.close_all()
         reset(victim.device_fd)
-        if (state := ioctl.get_device_state(victim.device_fd)) is not DeviceState.RUNNING:
+        if (state := victim.device.state) is not DeviceState.RUNNING:
             raise FoundError(f"after a reset it is in {state.name}")
         call = request(victim)
 
@@ -121,7 +129,6 @@ def _failing(call: Callable[[], object]) -> Iterator[int]:
             with suppress(OSError, MemoryError, MigrationError):
                 call()
             came_to_it = _left(fd) == 0
-            print(number, came_to_it, __import__("time").monotonic(), (DEVICES / _UUID).exists(), file=__import__("sys").stderr)
             yield number
             if not came_to_it:
                 return
