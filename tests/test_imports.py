@@ -18,9 +18,10 @@ LEVELS = [
     | {"framing.native", "framing.qemu", "framing.strict_json"},
     {"channel", "transport", "recorder", "doctor", "framing.manifest"},
     {"device", "outgoing", "options", "incoming.checked", "fit", "rates"},
+    {"region"},
     {"incoming.native_frames", "incoming.qemu_sections", "copyloop"},
     {"incoming"},
-    {"save", "load", "inspection", "lending", "region", "dirty"},
+    {"save", "load", "inspection", "lending", "dirty"},
     {"backends.kernel_region"},
     {"backends.kernel"},
     # A session between two hosts: what is said, what carries it, one device, both ends.

@@ -40,6 +40,11 @@ from vfiomig import (
     send,
     states,
 )
+from vfiomig._fastcopy import Digest, FrameWriter
+from vfiomig.framing import native
+from vfiomig.framing.manifest import DeviceEntry, Manifest
+from vfiomig.framing.native import FrameFlag, FrameKind
+from vfiomig.outgoing import NativeOutgoing
 from vfiomig.report import Chunk, Event
 from vfiomig.simulator.region import DATA_AT, SimulatedRegion
 from vfiomig.uapi import Capability, MigrationInfoAt
@@ -298,6 +303,22 @@ def test_a_reset_or_a_refused_commit_loads_nothing(tmp_path: Path, query: str) -
         err = failure_of(lambda: load(tmp_path / "out", device))
         assert err.aftermath == f"{device.name} was reset and is RUNNING; nothing is loaded"
         assert device.content() == bytes(SIZE)
+
+
+def test_a_stream_that_ends_inside_a_chunk_is_not_committed(tmp_path: Path) -> None:
+    data, digest = os.urandom(5000), Digest()
+    with V1Device() as device, (tmp_path / "out").open("wb") as file:
+        entry = DeviceEntry("it", device.identity, protocol="v1", region_bytes=device.region_bytes)
+        writer = FrameWriter(file.fileno(), 8192)
+        outgoing = NativeOutgoing(writer, Manifest("now", "a test", (entry,)), 64, elide_zeros=True)
+        outgoing.begin()
+        half = native.template(FrameKind.DATA, 64, flags=FrameFlag.CONTINUED)
+        writer.put_chunk(half, data, digest)
+        outgoing.end(b"", digest)
+        assert not inspect(tmp_path / "out").problem
+        err = failure_of(lambda: load(tmp_path / "out", device))
+        assert (type(err), err.errno) == (DeviceIOError, errno.EPROTO)
+        assert (device.state(), device.content(), device.chunks) == (S.RUNNING, bytes(SIZE), [])
 
 
 def test_a_damaged_stream_never_reaches_its_commit(tmp_path: Path) -> None:

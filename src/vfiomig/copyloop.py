@@ -12,6 +12,7 @@ from vfiomig._fastcopy import Digest, FrameWriter, Outcome, Template
 from vfiomig.channel import Chunks, DataChannel, PrecopyInfo
 from vfiomig.device import Device
 from vfiomig.errors import CancelledError, DeviceIOError, MigrationError, ResourceLimitError
+from vfiomig.region import too_large
 from vfiomig.uapi import DeviceState
 from vfiomig.worker import Cancellation
 
@@ -140,6 +141,8 @@ class Reading:
 def refused(device: Device, channel: DataChannel, err: OSError, at_byte: int) -> DeviceIOError:
     """Return what a write to the data_fd of RESUMING that failed means."""
     cause = channel.failure() or err
+    if channel.chunks is not None and err.errno == errno.EPERM:  # the seal of its buffer
+        cause = too_large(device.region_bytes)
     what = "refused its state at byte"
     if cause.errno == errno.ENODEV:
         what = "was reset during the load, at byte"

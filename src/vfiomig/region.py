@@ -192,7 +192,7 @@ class RegionChannel:
         os.lseek(self.fileno(), 0, os.SEEK_SET)
         offset = read_number(self._region, MigrationInfoAt.DATA_OFFSET)
         if size > self._region.size_bytes - offset:
-            raise self._too_large(size, self._region.size_bytes - offset)
+            raise too_large(self._region.size_bytes - offset)
         self._check_place(offset, size)
         with memoryview(self._map) as whole, whole[:size] as chunk:
             self._move(self._region.write, chunk, offset)
@@ -205,11 +205,14 @@ class RegionChannel:
         return PrecopyInfo(read_number(self._region, MigrationInfoAt.PENDING_BYTES), 0)
 
     def failure(self) -> OSError | None:
-        """Return why fileno() took no more: a chunk larger than the region, or the end of all."""
+        """Return why nothing more goes: the session has ended, or a chunk was left unfinished."""
         if self._ended:
             return OSError(errno.ENODEV, os.strerror(errno.ENODEV))
-        gathered = os.lseek(self.fileno(), 0, os.SEEK_CUR)
-        return self._too_large(gathered + 1, gathered) if gathered == self.region_bytes else None
+        if gathered := os.lseek(self.fileno(), 0, os.SEEK_CUR):
+            return OSError(
+                errno.EPROTO, f"the stream ends inside a chunk, {gathered} bytes into it"
+            )
+        return None
 
     @property
     def region_bytes(self) -> int:
@@ -246,10 +249,12 @@ class RegionChannel:
                 f" {self.region_bytes} bytes",
             )
 
-    def _too_large(self, size: int, most: int) -> OSError:
-        return OSError(
-            errno.EMSGSIZE, f"a chunk of {size} bytes or more, and its region takes {most} at once"
-        )
+
+def too_large(most_bytes: int) -> OSError:
+    """Return the error for a chunk of more than most_bytes."""
+    return OSError(
+        errno.EMSGSIZE, f"a chunk is larger than the {most_bytes} bytes its region takes"
+    )
 
 
 def read_number(region: MigrationRegion, offset: int) -> int:
