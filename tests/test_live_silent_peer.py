@@ -190,15 +190,13 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def babbling(connection: Connection, say: Callable[[], None]) -> Iterator[None]:
-    """Say something again and again, as long as anybody takes it, and within this at the least."""
-    connection.socket.settimeout(0.05)
+    """Say something again and again, as long as anybody takes it, and within this at the most."""
     over = threading.Event()
 
     def babble() -> None:
         with suppress(OSError):
             while not over.is_set():
-                with suppress(TimeoutError):
-                    say()
+                say()
 
     thread = threading.Thread(target=babble)
     thread.start()
@@ -206,6 +204,9 @@ def babbling(connection: Connection, say: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         over.set()
+        # It may wait for room. A time-out would tear a frame, and what followed it would be damage.
+        with suppress(OSError):
+            connection.socket.shutdown(socket.SHUT_RDWR)
         thread.join()
 
 
