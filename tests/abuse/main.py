@@ -21,7 +21,7 @@ from abuse.fitness import KernelLog, check_leaks
 from kernel import migtest
 from vfiomig import MigrationError
 
-ROUNDS = 50
+ROUNDS = 60
 _LEAKS_EVERY = 100
 
 SCENARIOS: dict[Callable[[random.Random], None], int] = {

@@ -8,9 +8,9 @@ from contextlib import suppress
 from errno import EAGAIN, EBUSY
 
 from abuse import actions, calls
+from abuse.actions import Victim
 from abuse.children import END_S, Child, FoundError, Tell, Work, start
 from abuse.fitness import check_fit, opened
-from abuse.victim import Victim, read_some, set_state
 from kernel import migtest
 from kernel.migtest import MODULE, MigTest
 from vfiomig.uapi import DeviceState
@@ -27,7 +27,7 @@ def removed(chance: random.Random) -> None:
     def own(tell: Tell) -> None:
         with opened(device) as device_fd:
             victim = Victim(device, "v2", device_fd, chance)
-            set_state(victim, chance.choice(list(DeviceState)))
+            actions.set_state(victim, chance.choice(list(DeviceState)))
             tell()
             ends = time.monotonic() + 1
             while time.monotonic() < ends:
@@ -52,10 +52,10 @@ def outlived(chance: random.Random) -> None:
     device = migtest.create()
     with opened(device) as device_fd:
         victim = Victim(device, "v2", device_fd, chance)
-        set_state(victim, chance.choice(_SESSIONS))
+        actions.set_state(victim, chance.choice(_SESSIONS))
     device.remove()
     (data_fd,) = victim.data_fds
-    if (done := read_some(victim, 100)) >= 0:
+    if (done := actions.read_some(victim, 100)) >= 0:
         raise FoundError(f"a dead data_fd gave {done} bytes")
     if (done := calls.delete_module(_NAME)) not in _BUSY:
         raise FoundError(f"rmmod with a data_fd open: {done}")
@@ -68,7 +68,7 @@ def unloaded(chance: random.Random) -> None:
 
     def own(tell: Tell) -> None:
         with opened(devices[0]) as device_fd:
-            set_state(Victim(devices[0], "v2", device_fd, chance), DeviceState.PRE_COPY)
+            actions.set_state(Victim(devices[0], "v2", device_fd, chance), DeviceState.PRE_COPY)
             tell()
             time.sleep(END_S)
 

@@ -7,10 +7,10 @@ import time
 from contextlib import suppress
 
 from abuse import actions
+from abuse.actions import Victim
 from abuse.calls import LeakedErrnoError
 from abuse.children import Tell, Work, start
 from abuse.fitness import made, opened
-from abuse.victim import Victim, read_some, set_state
 from vfiomig.uapi import DeviceState
 
 _KINDS = ("v2", "v2", "v2", "v1")
@@ -127,24 +127,24 @@ def _act_in(victim: Victim, found: list[BaseException]) -> None:
 
 
 def _idle(victim: Victim, _tell: Tell) -> None:
-    set_state(victim, victim.chance.choice(list(DeviceState)))
-    read_some(victim, victim.chance.choice((1, 5000, 400_000)))
+    actions.set_state(victim, victim.chance.choice(list(DeviceState)))
+    actions.read_some(victim, victim.chance.choice((1, 5000, 400_000)))
 
 
 def _reading(victim: Victim, tell: Tell) -> None:
     victim.device.set("fault", f"read {victim.chance.choice((0, 1, 5000))} hang {_HANG_MS}")
-    set_state(victim, victim.chance.choice((DeviceState.STOP_COPY, DeviceState.PRE_COPY)))
+    actions.set_state(victim, victim.chance.choice((DeviceState.STOP_COPY, DeviceState.PRE_COPY)))
     tell()
-    while read_some(victim, 4096) > 0:
+    while actions.read_some(victim, 4096) > 0:
         pass
 
 
 def _writing(victim: Victim, tell: Tell) -> None:
-    set_state(victim, DeviceState.STOP_COPY)
-    while read_some(victim, 200_000) > 0:
+    actions.set_state(victim, DeviceState.STOP_COPY)
+    while actions.read_some(victim, 200_000) > 0:
         pass
     victim.device.set("fault", f"write {victim.chance.choice((0, 1, 64, 5000))} hang {_HANG_MS}")
-    set_state(victim, DeviceState.RESUMING)
+    actions.set_state(victim, DeviceState.RESUMING)
     tell()
     for at in range(0, len(victim.stream), 4096):
         piece = victim.stream[at : at + 4096]
@@ -157,13 +157,13 @@ def _changing(victim: Victim, tell: Tell) -> None:
     victim.device.set("fault", f"{hook} {victim.chance.choice(states)} hang {_HANG_MS}")
     tell()
     for _ in range(20):
-        set_state(victim, victim.chance.choice(states))
+        actions.set_state(victim, victim.chance.choice(states))
 
 
 def _asking(victim: Victim, tell: Tell) -> None:
     hook = victim.chance.choice(("get", "size", "info", "reset", "log_start", "log_report"))
     victim.device.set("fault", f"{hook} 0 hang {_HANG_MS}")
-    set_state(victim, DeviceState.PRE_COPY)
+    actions.set_state(victim, DeviceState.PRE_COPY)
     tell()
     _act(victim, _ACTIONS)
 

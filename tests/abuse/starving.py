@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from abuse import calls
+from abuse import actions, calls
+from abuse.actions import Victim
 from abuse.children import FoundError, Tell, start
 from abuse.fitness import check_fit, made, opened, reset
-from abuse.victim import Victim, read_some, set_state
 from kernel import migtest
 from kernel.migtest import DEVICES, PARENT, MigTest
 from vfiomig import MigrationError, uapi
@@ -149,7 +149,7 @@ def _left(fd: int) -> int:
 
 
 def _enter(state: DeviceState) -> Callable[[Victim], Callable[[], object]]:
-    return lambda victim: lambda: set_state(victim, state)
+    return lambda victim: lambda: actions.set_state(victim, state)
 
 
 def _get(name: str) -> Callable[[Victim], Callable[[], object]]:
@@ -161,28 +161,28 @@ def _set(name: str, value: str) -> Callable[[Victim], Callable[[], object]]:
 
 
 def _reading(victim: Victim) -> Callable[[], object]:
-    set_state(victim, DeviceState.STOP_COPY)
-    return lambda: read_some(victim, 20000)
+    actions.set_state(victim, DeviceState.STOP_COPY)
+    return lambda: actions.read_some(victim, 20000)
 
 
 def _writing(victim: Victim) -> Callable[[], object]:
-    set_state(victim, DeviceState.STOP_COPY)
+    actions.set_state(victim, DeviceState.STOP_COPY)
     victim.stream = b""
-    while read_some(victim, 20000) > 0:
+    while actions.read_some(victim, 20000) > 0:
         pass
     victim.close_all()
-    set_state(victim, DeviceState.RESUMING)
+    actions.set_state(victim, DeviceState.RESUMING)
     at = victim.memory.good(victim.stream)
     return lambda: calls.write(victim.any_data_fd(), at, len(victim.stream))
 
 
 def _committing(victim: Victim) -> Callable[[], object]:
     _writing(victim)()
-    return lambda: set_state(victim, DeviceState.RUNNING)
+    return lambda: actions.set_state(victim, DeviceState.RUNNING)
 
 
 def _asking(victim: Victim) -> Callable[[], object]:
-    set_state(victim, DeviceState.PRE_COPY)
+    actions.set_state(victim, DeviceState.PRE_COPY)
     arg = victim.memory.good(uapi.PRECOPY_INFO.pack(uapi.PRECOPY_INFO.size, 0, 0, 0))
     return lambda: calls.ioctl(victim.any_data_fd(), uapi.VFIO_MIG_GET_PRECOPY_INFO, arg)
 
